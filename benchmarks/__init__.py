@@ -1,0 +1,1 @@
+"""Benchmarks: one question a script, printed and written as JSON."""

@@ -1,0 +1,69 @@
+"""Ratios in one run: candidates interleaved, medians, one JSON record."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int
+) -> dict[str, float]:
+    """Time candidates in turn, so that a noisy neighbour disturbs all alike.
+
+    Args:
+        candidates: what to run, by name; each is run once before, to compile.
+        rounds: how often each is timed.
+
+    Returns:
+        Median seconds by name.
+    """
+    for run in candidates.values():
+        jax.block_until_ready(run())
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(spent) for name, spent in times.items()}
+
+
+def report(question: str, seconds: Mapping[str, float], **facts: Any) -> None:
+    """Print medians and their ratios to the first, and write JSON if asked to.
+
+    Args:
+        question: what is asked, one line.
+        seconds: medians by candidate; the first is the reference.
+        **facts: whatever else was measured or fixed.
+    """
+    parser = argparse.ArgumentParser(description=question)
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    reference = next(iter(seconds))
+    record = {
+        "question": question,
+        "seconds": dict(seconds),
+        "speed relative to " + reference: {
+            name: seconds[reference] / value for name, value in seconds.items()
+        },
+        **facts,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": os.cpu_count(),
+    }
+    print(question)
+    for name, value in seconds.items():
+        print(f"  {name:<32} {value:9.4f} s   {seconds[reference] / value:6.2f} x")
+    for name, value in facts.items():
+        print(f"  {name}: {value}")
+    path = parser.parse_args().json
+    if path is not None:
+        path.write_text(json.dumps(record, indent=2) + "\n")

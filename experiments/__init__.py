@@ -1,0 +1,1 @@
+"""Studies: one script each, run as ``python -m experiments.NAME``."""

@@ -1,0 +1,227 @@
+"""What every study shares: the command line, the run folder, intervals, tables."""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import rich
+import rich.console
+import rich.progress
+import rich.table
+import scipy.stats
+import tyro
+
+Config = TypeVar("Config", bound="StudyConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """Options that every study has."""
+
+    data_dir: str | None = None
+    """Folder of prepared data (several joined by the system's path separator). Default:
+    the environment variable JAXTRANSFER_DATA_DIR."""
+    run_dir: Path = Path("runs")
+    """Where results go: RUN_DIR/STUDY/TIME/."""
+    seed: int = 0
+    """Root PRNG seed; the same seed prints the same table."""
+    seeds: int = 3
+    """Number of repetitions; the interval is over them."""
+
+
+def command_line(
+    main: Callable[[Config], Any],
+    presets: Mapping[str, Config],
+    *,
+    default: str = "cpu",
+    args: Sequence[str] | None = None,
+) -> Any:
+    """Run a study from the command line.
+
+    Args:
+        main: the study, a function of its configuration.
+        presets: configuration by name: ``smoke`` (seconds), ``cpu`` (minutes on two
+            cores), ``paper`` (the published set-up, for a GPU).
+        default: name of the preset without ``--preset``.
+        args: arguments; those of the process if None.
+
+    Returns:
+        What ``main`` returns.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=sorted(presets), default=default)
+    chosen, rest = first.parse_known_args(given)
+    names = "|".join(presets)
+    about = (sys.modules[main.__module__].__doc__ or "").strip()
+    config = tyro.cli(
+        type(presets[chosen.preset]),
+        default=presets[chosen.preset],
+        description=f"{about}\n\n--preset {names} (default {default}) chooses the "
+        f"defaults below; shown: {chosen.preset}.",
+        args=rest,
+    )
+    return main(config)
+
+
+def start_run(name: str, config: StudyConfig) -> Path:
+    """Make the run folder and write down what the run is: options, versions, device.
+
+    Raises:
+        OSError: the folder can't be written (before any work is done).
+    """
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    folder = config.run_dir / name / stamp
+    try:
+        folder.mkdir(parents=True)
+        about = {
+            "study": name,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "config": dataclasses.asdict(config),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "git": _commit(),
+        }
+        text = json.dumps(about, indent=2, default=str)
+        (folder / "config.json").write_text(text + "\n")
+    except OSError as error:
+        raise OSError(
+            f"run_dir: {folder} can't be written ({error.strerror}); "
+            "choose another place with --run-dir"
+        ) from error
+    return folder
+
+
+def _commit() -> str | None:
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def interval(values: Any) -> tuple[float, float]:
+    """Mean and half-width of the 95 % interval (Student's t) over repetitions.
+
+    Example:
+        >>> [round(x, 3) for x in interval([1.0, 2.0, 3.0])]
+        [2.0, 2.484]
+    """
+    values = np.asarray(values, np.float64)
+    if values.size < 2:
+        return float(values.mean()), float("nan")
+    width = scipy.stats.t.ppf(0.975, values.size - 1) * scipy.stats.sem(values)
+    return float(values.mean()), float(width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a results table.
+
+    Attributes:
+        task: what is solved (``"MNIST → USPS"``).
+        method: how.
+        values: the measure for each seed, last epoch.
+        baseline: method whose row (same task) is the honest comparison.
+    """
+
+    task: str
+    method: str
+    values: Sequence[float]
+    baseline: str | None = None
+
+
+def difference(row: Row, rows: Iterable[Row]) -> tuple[float, float] | None:
+    """Mean and 95 % half-width of row minus its baseline, paired over seeds."""
+    for other in rows:
+        if (other.task, other.method) == (row.task, row.baseline):
+            return interval(np.subtract(row.values, other.values))
+    return None
+
+
+def show(
+    title: str,
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    unit: str = "accuracy %",
+    digits: int = 2,
+    started: float | None = None,
+) -> None:
+    """Print the table, write it as Markdown and JSON, and print the summary line.
+
+    Args:
+        title: heading.
+        rows: the lines.
+        folder: the run folder; ``table.md`` and ``results.json`` go there.
+        unit: name of the measured column.
+        digits: decimals.
+        started: ``time.perf_counter()`` at the start, for the minutes spent.
+    """
+
+    def pm(pair: tuple[float, float] | None) -> str:
+        if pair is None:
+            return ""
+        return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+
+    heads = ["task", "method", f"{unit}: mean ± 95 %", "baseline", "gain over it"]
+    lines = [
+        [
+            row.task,
+            row.method,
+            pm(interval(row.values)),
+            row.baseline or "",
+            pm(difference(row, rows)),
+        ]
+        for row in rows
+    ]
+    table = rich.table.Table(*heads, title=title)
+    for line in lines:
+        table.add_row(*line)
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    markdown = [heads, ["---"] * len(heads), *lines]
+    (folder / "table.md").write_text(
+        "\n".join("| " + " | ".join(line) + " |" for line in markdown) + "\n"
+    )
+    minutes = None if started is None else (time.perf_counter() - started) / 60
+    record = {
+        "title": title,
+        "unit": unit,
+        "minutes": minutes,
+        "rows": [
+            dataclasses.asdict(row) | {"values": [float(v) for v in row.values]}
+            for row in rows
+        ],
+    }
+    (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    spent = "" if minutes is None else f" in {minutes:.1f} min"
+    print(f"{title}: {len(rows)} rows{spent}; results in {folder}")
+
+
+def progress() -> rich.progress.Progress:
+    """A progress display with the remaining time, on standard error."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=rich.console.Console(stderr=True),
+    )

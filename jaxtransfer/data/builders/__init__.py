@@ -1,0 +1,1 @@
+"""TFDS builders of data sets that TFDS doesn't have, without TensorFlow."""

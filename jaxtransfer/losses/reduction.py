@@ -1,0 +1,60 @@
+"""From values per example to one number."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
+
+
+def mean(
+    values: Shaped[Array, "..."], *, where: Bool[Array, "..."] | None = None
+) -> Float[Array, ""]:
+    """Mean of the values that count; 0 if none does.
+
+    ``sum_i m_i v_i / max(sum_i m_i, 1)`` for a mask m. Values that do not count may be
+    anything, not-a-number included: they reach neither the value nor the gradient.
+
+    Args:
+        values: Values [...] of any shape.
+        where: Which values count, a mask that broadcasts to ``values``; default all.
+
+    Returns:
+        Scalar, float32 or wider.
+
+    Raises:
+        ValueError: If ``where`` does not broadcast to the shape of ``values``, or is
+            not boolean.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> values = jnp.array([1.0, 2.0, jnp.nan])
+        >>> float(mean(values, where=jnp.array([True, True, False])))
+        1.5
+    """
+    values = widen(values)
+    if where is None:
+        return jnp.mean(values) if values.size else jnp.zeros((), values.dtype)
+    where = check_mask("where", where, values.shape)
+    count = jnp.sum(where, dtype=values.dtype)
+    total = jnp.sum(jnp.where(where, values, 0.0))
+    return total / jnp.maximum(count, 1.0)
+
+
+def widen(values):
+    """The values in float32, or wider if they already are: sums lose nothing."""
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def check_mask(name, where, shape):
+    """The mask broadcast to ``shape``; a ValueError that names it if it can't be."""
+    where = jnp.asarray(where)
+    if where.dtype != bool:
+        raise ValueError(
+            f"{name} must be boolean, got {where.dtype}; use `{name} > 0`."
+        )
+    try:
+        return jnp.broadcast_to(where, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} of shape {where.shape} does not broadcast to {shape}, the "
+            "shape of what it masks."
+        ) from None

@@ -1,0 +1,26 @@
+"""What methods over two domains share."""
+
+import jax
+import jax.numpy as jnp
+
+
+def join(source: jax.Array, target: jax.Array) -> jax.Array:
+    """Stack the inputs of two domains, ``[n + m, ...]``, source first.
+
+    Raises:
+        ValueError: an input has another shape in the target than in the source.
+    """
+    if source.shape[1:] != target.shape[1:]:
+        raise ValueError(
+            f"source inputs are {source.shape[1:]}, target inputs {target.shape[1:]}: "
+            "one network sees both; bring them to one size and number of channels "
+            "(data.pair does)"
+        )
+    return jnp.concatenate([source, target])
+
+
+def gather(parts: tuple, axis_name: str | None) -> tuple:
+    """Rows of all devices, for losses that must see the whole batch."""
+    if axis_name is None:
+        return parts
+    return jax.lax.all_gather(parts, axis_name, tiled=True)

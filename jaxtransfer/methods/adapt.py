@@ -1,0 +1,350 @@
+"""Domain adaptation: one function for a labelled source and an unlabelled target.
+
+Learned: the network (``params["model"]``) and, for adversarial terms, a critic
+(``params["critic"]``). The model state counts updates, which ramps read.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtransfer import losses, ops, prng
+from jaxtransfer.methods._domains import gather, join
+from jaxtransfer.train import metrics
+from jaxtransfer.typing import (
+    Batch,
+    Frozen,
+    Inputs,
+    Metrics,
+    Model,
+    ModelState,
+    Objective,
+    Params,
+    Predict,
+    Scalar,
+    Variables,
+)
+
+Weight = float | Callable[[jax.Array], jax.Array]
+"""A number, or a ramp: a function of the progress 0 … 1."""
+
+
+class Term(NamedTuple):
+    """One term that draws the two domains together; see :func:`align`, :func:`dann`.
+
+    Attributes:
+        name: name of its metric.
+        tap: path of the layer it reads.
+        weight: its weight in the objective.
+        value: ``(params, model_state, source, target, progress, key, axis_name) ->
+            (scalar, metrics, model_state)`` of the tapped rows ``[n, ...]``, ``[m,
+            ...]``.
+        ramped: whether the weight or the value follows the progress.
+    """
+
+    name: str
+    tap: str
+    weight: Weight
+    value: Callable[..., tuple[Scalar, Metrics, ModelState]]
+    ramped: bool = False
+
+
+def _rows(features: jax.Array) -> jax.Array:
+    return features.reshape(len(features), -1)
+
+
+def align(
+    distance: Callable[[jax.Array, jax.Array], Scalar] = (
+        losses.maximum_mean_discrepancy
+    ),
+    *,
+    tap: str,
+    weight: Weight = 1.0,
+    name: str = "alignment",
+) -> Term:
+    r"""Draw the tapped features together under a distance of sets.
+
+    .. math:: \lambda\, d(\{\phi(x^S_i)\}, \{\phi(x^T_j)\})
+
+    Args:
+        distance: ``(source [n, features], target [m, features]) -> scalar``, e.g.
+            ``losses.mmd``, ``losses.coral`` or a ``functools.partial`` of one.
+        tap: path of the layer.
+        weight: :math:`\lambda`, a number or a ramp of the progress.
+        name: name of its metric.
+
+    Returns:
+        A term for :func:`objective`.
+
+    References:
+        DAN: Long et al., ICML 2015, eq. 4. Deep CORAL: Sun and Saenko, ECCV
+        workshops 2016, eq. 6.
+    """
+
+    def value(
+        params: Params,
+        model_state: ModelState,
+        source: jax.Array,
+        target: jax.Array,
+        progress: jax.Array,
+        key: jax.Array,
+        axis_name: str | None,
+    ) -> tuple[Scalar, Metrics, ModelState]:
+        del params, progress, key
+        parts = gather((_rows(source), _rows(target)), axis_name)
+        return distance(*parts), {}, model_state
+
+    return Term(name, tap, weight, value, ramped=callable(weight))
+
+
+def dann(
+    critic: Model,
+    *,
+    tap: str,
+    weight: float = 1.0,
+    reversal: Weight = ops.dann,
+    name: str = "domain",
+) -> Term:
+    r"""Fool a critic that tells the domains apart, by gradient reversal.
+
+    .. math:: \min_{\phi} \max_{c} -\lambda\, \mathrm{BCE}(c(R_\lambda(\phi(x))), d)
+
+    in one update: the critic minimises its own cross-entropy; on the way back to the
+    features the gradient is multiplied by :math:`-\lambda` (the ramp ``reversal``).
+
+    Args:
+        critic: network of ``params["critic"]``: features ``[rows, features]`` to one
+            logit ``[rows, 1]``, source positive.
+        tap: path of the layer.
+        weight: weight of the critic's loss.
+        reversal: strength of the reversed gradient, a number or a ramp of progress.
+        name: name of its metric; ``name_accuracy`` is the critic's accuracy.
+
+    Returns:
+        A term for :func:`objective`.
+
+    References:
+        Ganin et al., *Domain-adversarial training of neural networks*, JMLR 2016,
+        eqs. 9–10; the ramp in section 5.2.2.
+    """
+
+    def value(
+        params: Params,
+        model_state: ModelState,
+        source: jax.Array,
+        target: jax.Array,
+        progress: jax.Array,
+        key: jax.Array,
+        axis_name: str | None,
+    ) -> tuple[Scalar, Metrics, ModelState]:
+        del axis_name
+        strength = reversal(progress) if callable(reversal) else reversal
+        rows = ops.gradient_reversal(_rows(join(source, target)), strength)
+        logits, _, critic_state = critic.apply(
+            Variables(params["critic"], model_state["critic"]),
+            rows,
+            train=True,
+            key=key,
+        )
+        parts = logits[: len(source)], logits[len(source) :]
+        return (
+            losses.domain_adversarial(*parts),
+            {f"{name}_accuracy": losses.domain_accuracy(*parts)},
+            {**model_state, "critic": critic_state},
+        )
+
+    return Term(name, tap, weight, value, ramped=callable(reversal))
+
+
+def init(
+    key: jax.Array,
+    model: Model,
+    variables: Variables,
+    inputs: Inputs,
+    *,
+    critic: Model | None = None,
+    tap: str | None = None,
+) -> Variables:
+    """Give the network (and a fresh critic) their roles.
+
+    Args:
+        key: typed key, for the critic.
+        model: the network.
+        variables: its variables, fresh or pretrained on the source.
+        inputs: an example batch ``[batch, ...]``, for the critic's shapes.
+        critic: network of :func:`dann`.
+        tap: the layer the critic reads.
+
+    Returns:
+        Variables ``{"model": …, "critic": …}`` for
+        :func:`~jaxtransfer.train.init_state`.
+
+    Raises:
+        ValueError: a critic without a tap, or a tap that does not exist.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from jaxtransfer.model import from_linen
+        >>> net = from_linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
+        >>> key, x = jax.random.key(0), jnp.ones((1, 3))
+        >>> start = init(key, net, net.init(key, x), x,
+        ...              critic=from_linen(nn.Dense(1)), tap="layers_0")
+        >>> sorted(start.params)
+        ['critic', 'model']
+    """
+    params: dict[str, Any] = {"model": variables.params}
+    state: dict[str, Any] = {
+        "model": variables.model_state,
+        "updates": jnp.zeros((), jnp.int32),
+    }
+    if critic is not None:
+        if tap is None:
+            raise ValueError("tap: name the layer that the critic reads")
+        _, features, _ = model.apply(variables, inputs, taps=(tap,))
+        fresh = critic.init(prng.stream(key, "critic"), _rows(features[tap]))
+        params["critic"], state["critic"] = fresh
+    return Variables(params, state)
+
+
+def objective(
+    model: Model,
+    *terms: Term,
+    steps: int | None = None,
+    loss: Callable[[Any, Any], jax.Array] = losses.cross_entropy,
+    joint: bool = True,
+    axis_name: str | None = None,
+) -> Objective:
+    r"""Source loss plus terms that draw source and target together.
+
+    .. math:: L = \frac1n \sum_i \ell(f(x^S_i), y^S_i) + \sum_k \lambda_k(p)\, T_k
+
+    Target labels are never read. No terms: source only.
+
+    *Batch statistics.* By default source and target go through the network as one
+    batch, and batch normalisation sees the mixture of both. With ``joint=False`` each
+    domain goes through on its own and is normalised by its own statistics; the running
+    ones, which prediction uses, are then the target's.
+
+    Args:
+        model: network of ``params["model"]``; see :func:`init`.
+        *terms: from :func:`align` and :func:`dann`.
+        steps: updates of the whole run; the progress that ramps read is
+            ``updates / steps``.
+        loss: task loss on the source, ``(outputs, labels) -> [batch]``.
+        joint: source and target as one batch, or each on its own.
+        axis_name: device axis to gather features over under ``pmap`` or
+            ``shard_map``; not needed under ``jit`` over a mesh.
+
+    Returns:
+        Objective over ``{"source": {"inputs", "labels"}, "target": {"inputs"}}``.
+
+    Raises:
+        ValueError: a ramp without ``steps``; two terms of one name; (at the first
+            call) source and target of different shapes, or a tap that does not exist.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from jaxtransfer.model import from_linen
+        >>> net = from_linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
+        >>> key, x = jax.random.key(0), jnp.arange(12.0).reshape(4, 3)
+        >>> start = init(key, net, net.init(key, x), x)
+        >>> batch = {"source": {"inputs": x, "labels": jnp.zeros(4, int)},
+        ...          "target": {"inputs": x + 1.0}}
+        >>> value = objective(net, align(losses.coral, tap="layers_0"))
+        >>> loss, (state, measured) = value(
+        ...     start.params, {}, start.model_state, batch, key)
+        >>> sorted(measured), int(state["updates"])
+        (['accuracy', 'alignment', 'task_loss'], 1)
+    """
+    taps = tuple(dict.fromkeys(term.tap for term in terms))
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"terms: names must differ, got {names}; give name=")
+    ramped = [term.name for term in terms if term.ramped]
+    if ramped and steps is None:
+        raise ValueError(
+            f"steps: term {ramped[0]!r} follows a ramp; give the updates of the run"
+        )
+
+    def value(
+        params: Params,
+        frozen: Frozen,
+        model_state: ModelState,
+        batch: Batch,
+        key: jax.Array,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        del frozen
+        source, target = batch["source"], batch["target"]
+        count = len(source["inputs"])
+        variables = Variables(params["model"], model_state["model"])
+        model_key = prng.stream(key, "model")
+        both = join(source["inputs"], target["inputs"]) if terms else source["inputs"]
+        if terms and not joint:
+            outputs, of_source, _ = model.apply(
+                variables, both[:count], train=True, key=model_key, taps=taps
+            )
+            _, of_target, network_state = model.apply(
+                variables,
+                both[count:],
+                train=True,
+                key=prng.stream(key, "target"),
+                taps=taps,
+            )
+        else:
+            outputs, features, network_state = model.apply(
+                variables, both, train=True, key=model_key, taps=taps
+            )
+            of_source = {tap: features[tap][:count] for tap in taps}
+            of_target = {tap: features[tap][count:] for tap in taps}
+        logits, labels = outputs[:count], source["labels"]
+        task = metrics.mean(loss(logits, labels))
+        measured: Metrics = {"task_loss": task}
+        if jnp.issubdtype(labels.dtype, jnp.integer):
+            measured["accuracy"] = metrics.mean(losses.accuracy(logits, labels))
+        progress = ops.progress(model_state["updates"], steps or 1)
+        model_state = {
+            **model_state,
+            "model": network_state,
+            "updates": model_state["updates"] + 1,
+        }
+        total = jnp.asarray(task.total / task.count)
+        for term in terms:
+            term_value, term_metrics, model_state = term.value(
+                params,
+                model_state,
+                of_source[term.tap],
+                of_target[term.tap],
+                progress,
+                prng.stream(key, term.name),
+                axis_name,
+            )
+            weight = term.weight(progress) if callable(term.weight) else term.weight
+            total = total + weight * term_value
+            measured |= {term.name: term_value, **term_metrics}
+        return total, (model_state, measured)
+
+    return value
+
+
+def predict(model: Model) -> Predict:
+    """Outputs of the network, the same for both domains.
+
+    Args:
+        model: the network given to :func:`objective`.
+
+    Returns:
+        ``(params, frozen, model_state, inputs) -> outputs`` in evaluation mode.
+    """
+
+    def run(
+        params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
+    ) -> Any:
+        del frozen
+        return model.apply(Variables(params["model"], model_state["model"]), inputs)[0]
+
+    return run
+
+
+__all__ = ["Term", "align", "dann", "init", "objective", "predict"]

@@ -1,0 +1,147 @@
+"""Fine-tuning: start from the source's weights, hold some layers, train the others.
+
+Learned: the chosen layers. Given: the others (``frozen["params"]``) and, for L2-SP,
+the start point (``frozen["anchor"]``).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtransfer import losses, tree
+from jaxtransfer.train import metrics
+from jaxtransfer.typing import (
+    Batch,
+    Frozen,
+    Inputs,
+    Metrics,
+    Model,
+    ModelState,
+    Objective,
+    Params,
+    Predict,
+    Scalar,
+    Variables,
+)
+
+
+def split(
+    variables: Variables, rules: tree.Rules
+) -> tuple[Variables, dict[str, Params]]:
+    """Divide a network into what is trained and what is held.
+
+    Args:
+        variables: the source network.
+        rules: paths of what is trained; see :func:`jaxtransfer.tree.match`.
+
+    Returns:
+        ``(variables, frozen)`` for :func:`~jaxtransfer.train.init_state`.
+
+    Raises:
+        ValueError: a rule matches nothing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> source = Variables({"stem": {"w": jnp.ones(2)}, "head": {"w": jnp.ones(2)}})
+        >>> trained, frozen = split(source, "head")
+        >>> sorted(trained.params), sorted(frozen["params"])
+        (['head'], ['stem'])
+    """
+    trained, held = tree.partition(variables.params, rules)
+    return Variables(trained, variables.model_state), {"params": held}
+
+
+def objective(
+    model: Model,
+    *,
+    loss: Callable[[Any, Any], jax.Array] = losses.cross_entropy,
+    regularizer: Callable[[Params, Frozen], Scalar] | None = None,
+    train: bool = True,
+) -> Objective:
+    r"""Task loss of a network of which some layers may be held.
+
+    .. math:: L = \frac1n \sum_i \ell(f(x_i), y_i) + \Omega(\theta)
+
+    Modules of which every parameter is held run in evaluation mode: their running
+    statistics are used and stay bit-identical.
+
+    Args:
+        model: the network.
+        loss: ``(outputs [batch, ...], labels [batch, ...]) -> [batch]``.
+        regularizer: ``(params, frozen) -> scalar``, e.g.
+            ``lambda params, frozen: 0.1 * losses.l2_sp(params, frozen["anchor"])``.
+        train: run what is trained in training mode (batch statistics, dropout).
+
+    Returns:
+        Objective over batches ``{"inputs" [batch, ...], "labels" [batch, ...]}``, with
+        ``"where" [batch]`` for rows that count. Metrics: ``task_loss`` and, for integer
+        labels, ``accuracy``.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from jaxtransfer.model import from_linen
+        >>> model = from_linen(nn.Dense(3))
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
+        >>> batch = {"inputs": jnp.ones((4, 2)), "labels": jnp.zeros(4, int)}
+        >>> loss, (state, measured) = objective(model)(
+        ...     variables.params, {}, variables.model_state, batch, jax.random.key(1))
+        >>> sorted(measured)
+        ['accuracy', 'task_loss']
+
+    References:
+        Yosinski et al., *How transferable are features in deep neural networks?*,
+        NeurIPS 2014. L2-SP: Li et al., ICML 2018, eq. 3.
+    """
+
+    def value(
+        params: Params,
+        frozen: Frozen,
+        model_state: ModelState,
+        batch: Batch,
+        key: jax.Array,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        held = frozen.get("params", {})
+        outputs, _, model_state = model.apply(
+            Variables(tree.combine(params, held), model_state),
+            batch["inputs"],
+            train=train,
+            key=key,
+            held=tree.held_modules(params, held),
+        )
+        labels, where = batch["labels"], batch.get("where")
+        task = metrics.mean(loss(outputs, labels), where=where)
+        measured: Metrics = {"task_loss": task}
+        if jnp.issubdtype(labels.dtype, jnp.integer):
+            measured["accuracy"] = metrics.mean(
+                losses.accuracy(outputs, labels), where=where
+            )
+        total = task.total / jnp.maximum(task.count, 1)
+        if regularizer is not None:
+            total = total + regularizer(params, frozen)
+        return total, (model_state, measured)
+
+    return value
+
+
+def predict(model: Model) -> Predict:
+    """Outputs of the whole network, trained and held layers together.
+
+    Args:
+        model: the network given to :func:`objective`.
+
+    Returns:
+        ``(params, frozen, model_state, inputs) -> outputs`` in evaluation mode.
+    """
+
+    def run(
+        params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
+    ) -> Any:
+        whole = tree.combine(params, frozen.get("params", {}))
+        return model.apply(Variables(whole, model_state), inputs)[0]
+
+    return run
+
+
+__all__ = ["objective", "predict", "split"]

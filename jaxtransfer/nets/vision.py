@@ -1,0 +1,292 @@
+"""Small reference networks for images and vectors, in Linen.
+
+Each but ``ResNet`` ends in a module ``head`` on a module ``features``, whose output
+is the tap that transfer usually reads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxtransfer.nets.layers import PatchConv
+from jaxtransfer.ops import max_pool
+
+
+class _DenseFeatures(nn.Module):
+    widths: tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array]
+    dropout: float
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        x = inputs.reshape(len(inputs), -1)
+        for number, width in enumerate(self.widths):
+            x = self.activation(nn.Dense(width, name=f"dense_{number}")(x))
+            if self.dropout:
+                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return x
+
+
+class MLP(nn.Module):
+    """Fully connected network: ``features/dense_0 …``, then ``head``.
+
+    Attributes:
+        outputs: width of the head (classes).
+        widths: widths of the hidden layers.
+        activation: after each hidden layer.
+        dropout: rate after each hidden layer, 0 … 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> net = MLP(10, widths=(32,))
+        >>> net.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 1)))[0].shape
+        (2, 10)
+    """
+
+    outputs: int
+    widths: tuple[int, ...] = (64, 64)
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        """Map ``[batch, ...]`` to ``[batch, outputs]``."""
+        x = _DenseFeatures(self.widths, self.activation, self.dropout, name="features")(
+            inputs, train=train
+        )
+        return nn.Dense(self.outputs, name="head")(x)
+
+
+class Critic(nn.Module):
+    """Domain critic: features ``[rows, features]`` to one logit ``[rows, 1]``.
+
+    Attributes:
+        widths: widths of the hidden layers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> Critic((8,)).init_with_output(jax.random.key(0), jnp.ones((2, 4)))[0].shape
+        (2, 1)
+    """
+
+    widths: tuple[int, ...] = (128, 128)
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Map ``[rows, features]`` to ``[rows, 1]``."""
+        return MLP(1, self.widths, name="critic")(inputs)
+
+
+class _LeNetFeatures(nn.Module):
+    filters: tuple[int, int]
+    width: int
+    dropout: float
+    batch_norm: bool
+    conv: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        x = inputs
+        for number, filters in enumerate(self.filters):
+            x = self.conv(filters, (5, 5), padding="VALID", name=f"conv_{number}")(x)
+            if self.batch_norm:
+                x = nn.BatchNorm(
+                    use_running_average=not train, momentum=0.9, name=f"norm_{number}"
+                )(x)
+            x = max_pool(nn.relu(x))
+        x = nn.Dense(self.width, name="dense")(x.reshape(len(x), -1))
+        x = nn.relu(x)
+        if self.dropout:
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return x
+
+
+class LeNet(nn.Module):
+    """LeNet of the digit-adaptation literature: two 5x5 convolutions, one dense layer.
+
+    Attributes:
+        outputs: classes.
+        filters: filters of the two convolutions.
+        width: width of the representation.
+        dropout: rate on the representation, 0 … 1.
+        batch_norm: normalise after each convolution.
+        conv: convolution layer; ``PatchConv`` is several times faster on CPU inside a
+            scan or under ``vmap`` over parameters.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> net = LeNet(10)
+        >>> net.init_with_output(jax.random.key(0), jnp.ones((2, 28, 28, 1)))[0].shape
+        (2, 10)
+
+    References:
+        LeCun et al., *Gradient-based learning applied to document recognition*, 1998;
+        the widths are those of Long et al., *Deep adaptation networks*' digit code.
+    """
+
+    outputs: int
+    filters: tuple[int, int] = (20, 50)
+    width: int = 500
+    dropout: float = 0.0
+    batch_norm: bool = False
+    conv: Callable[..., Any] = nn.Conv
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        """Map images ``[batch, height, width, channels]`` to ``[batch, outputs]``."""
+        x = _LeNetFeatures(
+            self.filters,
+            self.width,
+            self.dropout,
+            self.batch_norm,
+            self.conv,
+            name="features",
+        )(inputs, train=train)
+        return nn.Dense(self.outputs, name="head")(x)
+
+
+class _Conv4Block(nn.Module):
+    filters: int
+    strided: bool
+    conv: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        strides = (2, 2) if self.strided else (1, 1)
+        x = self.conv(self.filters, (3, 3), strides=strides, name="conv")(inputs)
+        # Momentum 0: the running statistics are those of the last batch in training
+        # mode, so a task's query can be normalised by its support.
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.0, name="norm")(x)
+        x = nn.relu(x)
+        return x if self.strided else max_pool(x)
+
+
+class _Conv4Features(nn.Module):
+    filters: int
+    strided: bool
+    pooled: bool
+    conv: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        x = inputs
+        for number in range(4):
+            block = _Conv4Block(
+                self.filters, self.strided, self.conv, name=f"block_{number}"
+            )
+            x = block(x, train=train)
+        return x.mean(axis=(1, 2)) if self.pooled else x.reshape(len(x), -1)
+
+
+class Conv4(nn.Module):
+    """Four 3x3 convolutions with batch normalisation, the few-shot standard.
+
+    Attributes:
+        outputs: classes (ways).
+        filters: filters of each convolution.
+        strided: stride 2 (Omniglot) or 2x2 max pooling (mini-ImageNet).
+        pooled: mean over the last positions (the reference's Omniglot network) or all
+            of them.
+        conv: convolution layer; the default is fast when every task has kernels of
+            its own.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> net = Conv4(5, filters=8)
+        >>> net.init_with_output(jax.random.key(0), jnp.ones((2, 28, 28, 1)))[0].shape
+        (2, 5)
+
+    References:
+        Vinyals et al., *Matching networks*, NeurIPS 2016; strides: Finn et al., 2017.
+    """
+
+    outputs: int
+    filters: int = 64
+    strided: bool = True
+    pooled: bool = True
+    conv: Callable[..., Any] = PatchConv
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        """Map images ``[batch, height, width, channels]`` to ``[batch, outputs]``."""
+        x = _Conv4Features(
+            self.filters, self.strided, self.pooled, self.conv, name="features"
+        )(inputs, train=train)
+        return nn.Dense(self.outputs, name="head")(x)
+
+
+class _ResidualBlock(nn.Module):
+    filters: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        conv = partial(nn.Conv, padding=((1, 1), (1, 1)), use_bias=False)
+        strides = (self.stride, self.stride)
+        x = conv(self.filters, (3, 3), strides=strides, name="conv1")(inputs)
+        x = nn.relu(norm(name="bn1")(x))
+        x = conv(self.filters, (3, 3), name="conv2")(x)
+        x = norm(name="bn2")(x)
+        shortcut = inputs[:, :: self.stride, :: self.stride]
+        more = self.filters - inputs.shape[-1]
+        if more:
+            widen = (more // 2, more - more // 2)
+            shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), widen))
+        return nn.relu(x + shortcut)
+
+
+class ResNet(nn.Module):
+    """CIFAR ResNet of depth 6n + 2 with parameter-free shortcuts (option A).
+
+    Modules carry torch's names: ``conv1``, ``bn1``, ``layer1_0/conv1``, …; the head is
+    ``linear``. Padding is symmetric, as in torch.
+
+    Attributes:
+        outputs: classes.
+        depth: 8, 14, 20, 32, 44, 56 or 110.
+        filters: filters of the first stage; doubled in the next two.
+
+    Raises:
+        ValueError: (in init) the depth is not 6n + 2.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> net = ResNet(10, depth=8, filters=4)
+        >>> net.init_with_output(jax.random.key(0), jnp.ones((2, 16, 16, 3)))[0].shape
+        (2, 10)
+
+    References:
+        He et al., *Deep residual learning for image recognition*, CVPR 2016, sec. 4.2.
+    """
+
+    outputs: int
+    depth: int = 20
+    filters: int = 16
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+        """Map images ``[batch, height, width, channels]`` to ``[batch, outputs]``."""
+        if (self.depth - 2) % 6 or self.depth < 8:
+            raise ValueError(f"depth: got {self.depth}; it must be 6n + 2, e.g. 20")
+        x = nn.Conv(
+            self.filters, (3, 3), padding=((1, 1), (1, 1)), use_bias=False, name="conv1"
+        )(inputs)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="bn1")(x)
+        x = nn.relu(x)
+        for stage in range(3):
+            for number in range((self.depth - 2) // 6):
+                block = _ResidualBlock(
+                    self.filters * 2**stage,
+                    2 if stage and not number else 1,
+                    name=f"layer{stage + 1}_{number}",
+                )
+                x = block(x, train=train)
+        return nn.Dense(self.outputs, name="linear")(x.mean(axis=(1, 2)))
+
+
+__all__ = ["Conv4", "Critic", "LeNet", "MLP", "ResNet"]

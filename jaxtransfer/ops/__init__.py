@@ -1,0 +1,30 @@
+"""Array operations that the losses, networks and methods are built from."""
+
+from jaxtransfer.ops.chunked import chunked_mean
+from jaxtransfer.ops.kernels import (
+    mean_squared_distance,
+    self_squared_distances,
+    squared_distances,
+)
+from jaxtransfer.ops.patches import conv, max_pool
+from jaxtransfer.ops.ramps import cosine, dann, linear, progress
+from jaxtransfer.ops.reversal import gradient_reversal
+from jaxtransfer.ops.shuffle import shuffled
+from jaxtransfer.ops.varying import vary, varying_axes
+
+__all__ = [
+    "chunked_mean",
+    "conv",
+    "cosine",
+    "dann",
+    "gradient_reversal",
+    "linear",
+    "max_pool",
+    "mean_squared_distance",
+    "progress",
+    "self_squared_distances",
+    "shuffled",
+    "squared_distances",
+    "vary",
+    "varying_axes",
+]

@@ -1,0 +1,241 @@
+"""One pure step, compiled for one device, a mesh, or several hosts.
+
+``jit`` over a mesh is the main path: a batch that is sharded over devices is still
+one global batch, so batch statistics and set losses (MMD) are those of one device.
+Under ``pmap`` and ``shard_map`` each device sees its own part; build the step with
+``axis_name`` and give it to losses and layers that must see the whole batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtransfer.typing import Batch, Step
+
+
+def make_mesh(
+    *, axis_name: str = "data", devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Make a one-dimensional mesh over all devices.
+
+    Args:
+        axis_name: name of the axis that batches are split over.
+        devices: which devices; all by default, those of other hosts included.
+
+    Returns:
+        The mesh.
+    """
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), (axis_name,), axis_types=(AxisType.Auto,), devices=devices
+    )
+
+
+def _check_divisible(batch: Batch, parts: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if np.ndim(leaf) == 0 or np.shape(leaf)[0] % parts:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)}: shape {np.shape(leaf)} can't be "
+                f"split over {parts} devices; make its first axis a multiple of {parts}"
+            )
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Lay this host's part of a batch over the mesh.
+
+    Args:
+        batch: pytree of host arrays ``[batch, ...]``; with several hosts, each
+            passes its own part of the global batch.
+        mesh: one-dimensional mesh.
+
+    Returns:
+        Global arrays, split along their first axis.
+
+    Raises:
+        ValueError: the first axis is not a multiple of the local devices.
+    """
+    _check_divisible(batch, len(mesh.local_devices))
+    sharding = NamedSharding(mesh, P(*mesh.axis_names))
+    return jax.tree.map(
+        lambda x: (
+            x
+            if isinstance(x, jax.Array) and x.sharding == sharding
+            else jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        ),
+        batch,
+    )
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Copy a tree (such as the training state) to every device of the mesh."""
+    sharding = NamedSharding(mesh, P())
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            leaf = np.asarray(leaf)
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(place, tree)
+
+
+def _without_frozen(step: Step) -> Any:
+    """``(rest, frozen, batch) -> (rest, metrics)``: so that ``rest`` can be donated."""
+
+    def run(rest: Any, frozen: Any, batch: Batch) -> Any:
+        state, metrics = step(rest.replace(frozen=frozen), batch)
+        return state.replace(frozen=None), metrics
+
+    return run
+
+
+def jit_step(step: Step, mesh: Mesh | None = None, *, donate: bool = True) -> Step:
+    """Compile a step with ``jit``; over a mesh, with the batch split along it.
+
+    Args:
+        step: pure step, from :func:`~jaxtransfer.train.train_step` without
+            ``axis_name``.
+        mesh: one-dimensional mesh; one device if ``None``.
+        donate: give the state's buffers to its successor. The state passed in can't
+            be used again; what is frozen is never donated.
+
+    Returns:
+        The compiled step; a batch of host arrays is laid over the mesh by the call.
+        Its attribute ``lower(state, batch)`` is that of the compiled function.
+
+    Raises:
+        ValueError: (at a call) the batch can't be split over the mesh.
+    """
+    shardings = {}
+    if mesh is not None:
+        whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(*mesh.axis_names))
+        shardings = {
+            "in_shardings": (whole, whole, split),
+            "out_shardings": (whole, whole),
+        }
+    compiled = jax.jit(
+        _without_frozen(step), donate_argnums=(0,) if donate else (), **shardings
+    )
+
+    def call(state: Any, batch: Batch) -> Any:
+        if mesh is not None:
+            batch, state = shard_batch(batch, mesh), replicate(state, mesh)
+        rest, metrics = compiled(state.replace(frozen=None), state.frozen, batch)
+        return rest.replace(frozen=state.frozen), metrics
+
+    def lower(state: Any, batch: Batch) -> Any:
+        return compiled.lower(state.replace(frozen=None), state.frozen, batch)
+
+    call.lower = lower  # pyright: ignore[reportFunctionMemberAccess]
+    return call
+
+
+def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
+    """Compile a per-device step with ``shard_map``.
+
+    Args:
+        step: pure step made with ``axis_name``.
+        mesh: one-dimensional mesh that has the axis.
+        axis_name: the axis.
+
+    Returns:
+        The compiled step; takes the global batch, as :func:`jit_step` does.
+
+    Raises:
+        ValueError: the mesh lacks the axis; (at a call) the batch can't be split.
+    """
+    if axis_name not in mesh.axis_names:
+        raise ValueError(
+            f"axis_name {axis_name!r} is not an axis of the mesh, {mesh.axis_names}"
+        )
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(axis_name)), out_specs=(P(), P())
+    )
+    compiled = jax.jit(mapped)
+
+    def call(state: Any, batch: Batch) -> Any:
+        return compiled(replicate(state, mesh), shard_batch(batch, mesh))
+
+    return call
+
+
+def pmap_step(step: Step, axis_name: str = "data") -> Step:
+    """Compile a per-device step with ``jax.pmap`` over this host's devices.
+
+    Args:
+        step: pure step made with ``axis_name``.
+        axis_name: the axis.
+
+    Returns:
+        The compiled step. State and batch are as for :func:`jit_step`: the state is
+        not stacked, the batch is split along its first axis.
+
+    Raises:
+        ValueError: (at a call) the batch can't be split over the devices.
+    """
+    compiled = jax.pmap(
+        step, axis_name=axis_name, in_axes=(None, 0), out_axes=(None, None)
+    )
+
+    def call(state: Any, batch: Batch) -> Any:
+        devices = jax.local_device_count()
+        _check_divisible(batch, devices)
+        batch = jax.tree.map(
+            lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch
+        )
+        return compiled(state, batch)
+
+    return call
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    *,
+    processes: int | None = None,
+    process: int | None = None,
+) -> None:
+    """Join this process to a run over several hosts; call it before any JAX work.
+
+    Args:
+        coordinator: ``"host:port"`` of process 0; found out on TPU, Slurm and
+            Open MPI if ``None``.
+        processes: how many processes there are.
+        process: number of this one, ``0 … processes - 1``.
+
+    Raises:
+        ValueError: only some of the three are given.
+        RuntimeError: JAX has already started its devices.
+
+    Example:
+        On each of two hosts, with ``N`` 0 on the first and 1 on the second::
+
+            initialize_distributed("10.0.0.1:1234", processes=2, process=N)
+    """
+    given = [argument is not None for argument in (coordinator, processes, process)]
+    if any(given) and not all(given):
+        raise ValueError(
+            "initialize_distributed: give coordinator, processes and process, or none "
+            f"of them (got {coordinator!r}, {processes!r}, {process!r})"
+        )
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+__all__ = [
+    "initialize_distributed",
+    "jit_step",
+    "make_mesh",
+    "pmap_step",
+    "replicate",
+    "shard_batch",
+    "shard_map_step",
+]

@@ -1,0 +1,97 @@
+"""Metrics travel as (sum, count), so that merging them is exact."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxtransfer.typing import Batch, Mean, Metrics, Predict
+
+
+def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
+    """Summarise per-example values as (sum, count).
+
+    Args:
+        values: ``[...]``.
+        where: ``[...]`` bool; rows that don't count (padding) are ``False``.
+
+    Returns:
+        The pair of ``[]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> padded = jnp.array([True, True, False])
+        >>> pair = mean(jnp.array([1.0, 0.0, 1.0]), where=padded)
+        >>> float(pair.total), float(pair.count)
+        (1.0, 2.0)
+    """
+    values = jnp.asarray(values)
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    if where is None:
+        return Mean(jnp.sum(values), jnp.asarray(values.size, values.dtype))
+    where = jnp.broadcast_to(where, values.shape)
+    return Mean(
+        jnp.sum(jnp.where(where, values, 0)), jnp.sum(where.astype(values.dtype))
+    )
+
+
+def promote(metrics: Metrics) -> dict[str, Mean]:
+    """Turn scalars into one-value means; pairs stay as they are."""
+    return {
+        name: value if isinstance(value, Mean) else mean(value)
+        for name, value in metrics.items()
+    }
+
+
+def merge(first: Mapping[str, Mean], second: Mapping[str, Mean]) -> dict[str, Mean]:
+    """Add up two sets of metrics; a name that one of them lacks is kept.
+
+    Example:
+        >>> both = merge({"a": Mean(1.0, 1.0)}, {"a": Mean(0.0, 3.0)})
+        >>> finalize(both)
+        {'a': 0.25}
+    """
+    merged = dict(first)
+    for name, value in second.items():
+        merged[name] = (
+            jax.tree.map(lambda a, b: a + b, merged[name], value)
+            if name in merged
+            else value
+        )
+    return merged
+
+
+def finalize(metrics: Mapping[str, Mean]) -> dict[str, float]:
+    """Divide sums by counts, on the host; ``nan`` where nothing was counted."""
+    pairs = jax.device_get(dict(metrics))
+    return {
+        name: float(total / count) if count else float("nan")
+        for name, (total, count) in pairs.items()
+    }
+
+
+def classification(predict: Predict) -> Callable[..., Metrics]:
+    """Metric function for classifiers: accuracy and cross-entropy.
+
+    Args:
+        predict: ``(params, frozen, model_state, inputs) -> logits [batch, classes]``;
+            each method module has one.
+
+    Returns:
+        ``(params, frozen, model_state, batch) -> {"accuracy", "cross_entropy"}`` for
+        :func:`~jaxtransfer.train.eval_step`. Rows where ``batch["where"]`` is false
+        don't count.
+    """
+    from jaxtransfer import losses
+
+    def metrics(params: Any, frozen: Any, model_state: Any, batch: Batch) -> Metrics:
+        logits = predict(params, frozen, model_state, batch["inputs"])
+        labels, where = batch["labels"], batch.get("where")
+        return {
+            "accuracy": mean(losses.accuracy(logits, labels), where=where),
+            "cross_entropy": mean(losses.cross_entropy(logits, labels), where=where),
+        }
+
+    return metrics

@@ -1,0 +1,68 @@
+"""What every test shares: eight CPU devices, a compile cache, types checked."""
+
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# As environment variables too, so that the processes a test starts share them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+)
+
+if not flags.FLAGS.is_parsed():  # grain's worker processes read absl flags
+    flags.FLAGS.mark_as_parsed()
+
+TYPES_CHECKED = importlib.util.find_spec("beartype") is not None
+if TYPES_CHECKED:
+    if "jaxtransfer" in sys.modules:
+        raise RuntimeError("jaxtransfer was imported before its types could be checked")
+    # What beartype can't check (a protocol without @runtime_checkable) is a warning.
+    jaxtyping.install_import_hook(
+        "jaxtransfer",
+        "beartype.beartype(conf=beartype.BeartypeConf("
+        "warning_cls_on_decorator_exception=UserWarning))",
+    )
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """The typed key of seed 0."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def types_unchecked() -> Iterator[None]:
+    """Lets wrong shapes and types through to the errors of the library itself."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> str:
+    """``JAXTRANSFER_DATA_DIR`` as it is given to ``jaxtransfer.data.load``."""
+    value = os.environ.get("JAXTRANSFER_DATA_DIR", "")
+    if not value:
+        pytest.skip("JAXTRANSFER_DATA_DIR is not set: no prepared data sets to read")
+    missing = [part for part in value.split(os.pathsep) if not os.path.isdir(part)]
+    if missing:
+        pytest.fail(f"JAXTRANSFER_DATA_DIR names folders that don't exist: {missing}")
+    return value

@@ -1,0 +1,257 @@
+"""Batches: order, augmentation, resume, shards, evaluation, pairs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxtransfer import data
+
+NUMBERS = {"inputs": np.arange(20, dtype=np.float32), "labels": np.arange(20)}
+
+
+def noisy(example, generator):
+    """An augmentation whose draw can be seen."""
+    return {**example, "noise": np.float32(generator.random())}
+
+
+def take(iterator, n, name="labels"):
+    """One feature of the next n batches."""
+    return [next(iterator)[name].tolist() for _ in range(n)]
+
+
+def flat(batches):
+    """All elements of a list of lists."""
+    return [element for batch in batches for element in batch]
+
+
+@pytest.mark.parametrize("kind", ["arrays", "source"])
+@pytest.mark.parametrize("augment", [None, noisy])
+def test_same_seed_same_batches_and_other_seed_others(kind, augment):
+    """Order and augmentation are functions of the seed."""
+    stored = NUMBERS if kind == "arrays" else data.load("digits", "train[:20]")
+    name = "labels" if augment is None else "noise"
+
+    def first(seed):
+        iterator = data.batches(stored, batch_size=4, seed=seed, augment=augment)
+        return take(iterator, 8, name)
+
+    assert first(3) == first(3)
+    assert first(3) != first(4)
+
+
+@pytest.mark.parametrize("augment", [None, noisy])
+def test_every_epoch_has_all_examples_in_a_new_order_and_new_noise(augment):
+    """Shuffling and augmentation are drawn anew in every epoch."""
+    iterator = data.batches(NUMBERS, batch_size=5, seed=0, augment=augment)
+    epochs = [[next(iterator) for _ in range(4)] for _ in range(3)]
+    orders = [flat(b["labels"].tolist() for b in epoch) for epoch in epochs]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert orders[0] != list(range(20))
+    if augment:
+        noise = flat(flat(b["noise"].tolist() for b in epoch) for epoch in epochs)
+        assert len(set(noise)) == 60
+
+
+def test_augment_at_the_end_and_whole_batches_agree():
+    """The fast path without augmentation gives the batches of the slow one."""
+    fast = data.batches(NUMBERS, batch_size=6, seed=5)
+    slow = data.batches(NUMBERS, batch_size=6, seed=5, augment=lambda e, _: e)
+    assert take(fast, 9) == take(slow, 9)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_exact_resume(threads, stop):
+    """A new iterator set to a saved state goes on as the old one would have."""
+
+    def make(seed=7):
+        return data.batches(
+            data.load("digits", "train[:30]"),
+            batch_size=8,
+            seed=seed,
+            augment=noisy,
+            threads=threads,
+        )
+
+    first = make()
+    take(first, stop)
+    state = json.loads(json.dumps(first.get_state()))
+    rest = [next(first) for _ in range(6)]
+    second = make()
+    take(second, 2)
+    second.set_state(state)
+    for old in rest:
+        new = next(second)
+        for name in old:
+            np.testing.assert_array_equal(old[name], new[name])
+
+
+def test_shards_partition_every_epoch():
+    """Three shards never share an example; the remainder changes."""
+    iterators = [
+        data.batches(NUMBERS, batch_size=6, seed=1, shard=(i, 3)) for i in range(3)
+    ]
+    epochs = [flat(next(iterator)["labels"] for iterator in iterators) for _ in "abcd"]
+    assert all(len(set(epoch)) == 18 for epoch in epochs)
+    assert len({tuple(sorted(epoch)) for epoch in epochs}) > 1
+
+
+def test_shards_augment_differently():
+    """Draws at the same position of two shards are not the same."""
+    noise = [
+        take(
+            data.batches(NUMBERS, batch_size=10, seed=1, shard=(i, 2), augment=noisy),
+            1,
+            "noise",
+        )
+        for i in range(2)
+    ]
+    assert not set(flat(noise[0])) & set(flat(noise[1]))
+
+
+def test_one_pass_and_remainder():
+    """Without repeat an epoch ends; the last batch is dropped or short."""
+    options = {"batch_size": 8, "seed": 0, "repeat": False}
+    assert [len(b["labels"]) for b in data.batches(NUMBERS, **options)] == [8, 8]
+    short = data.batches(NUMBERS, drop_remainder=False, **options)
+    assert [len(b["labels"]) for b in short] == [8, 8, 4]
+
+
+def test_few_examples_fill_a_large_batch():
+    """With repeat a batch may be larger than the data."""
+    batch = next(data.batches(NUMBERS, batch_size=50, seed=0))
+    assert np.bincount(batch["labels"]).max() <= 3
+
+
+def test_source_batches_are_scaled():
+    """Bytes come out in [0, 1], and augmentation sees them as they are."""
+    seen = []
+
+    def look(example, generator):
+        seen.append(example["inputs"].dtype)
+        return example
+
+    source = data.load("digits", "train[:8]")
+    batch = next(data.batches(source, batch_size=4, seed=0, augment=look))
+    plain = next(data.batches(source, batch_size=4, seed=0))
+    assert batch["inputs"].dtype == plain["inputs"].dtype == np.float32
+    assert plain["inputs"].shape == (4, 8, 8, 1)
+    assert plain["inputs"].max() == 1.0
+    assert set(seen) == {np.dtype("uint8")}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_evaluation_counts_every_example_once(shards):
+    """Static shapes, a mask, every example in one shard exactly."""
+    seen, lengths = [], set()
+    for i in range(shards):
+        batches = list(
+            data.evaluation_batches(NUMBERS, batch_size=8, shard=(i, shards))
+        )
+        lengths.add(len(batches))
+        for batch in batches:
+            assert batch["inputs"].shape == (8,)
+            seen += batch["labels"][batch["where"]].tolist()
+    assert sorted(seen) == list(range(20))
+    assert len(lengths) == 1
+
+
+def test_pairs_resume_and_end():
+    """Both positions are restored; the shorter domain ends the pair."""
+
+    def make():
+        source = data.batches(NUMBERS, batch_size=4, seed=0)
+        target = data.batches({"inputs": np.arange(7)}, batch_size=3, seed=1)
+        return data.pairs(source, target)
+
+    first = make()
+    for _ in range(5):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    wanted = [next(first) for _ in range(4)]
+    second = make()
+    second.set_state(state)
+    for old in wanted:
+        new = next(second)
+        assert old["source"]["labels"].tolist() == new["source"]["labels"].tolist()
+        assert old["target"]["inputs"].tolist() == new["target"]["inputs"].tolist()
+        assert "labels" not in new["target"]
+    once = data.batches(NUMBERS, batch_size=10, seed=0, repeat=False)
+    assert len(list(data.pairs(once, data.batches(NUMBERS, batch_size=3, seed=0)))) == 2
+
+
+def test_orbax_saves_pairs(tmp_path):
+    """Checkpoints can hold the iterator itself."""
+    from orbax.checkpoint import v1 as ocp
+
+    def make():
+        return data.pairs(
+            data.batches(NUMBERS, batch_size=4, seed=0),
+            data.batches(NUMBERS, batch_size=4, seed=1),
+        )
+
+    first = make()
+    next(first)
+    ocp.save_checkpointables(tmp_path / "step", {"data": first})
+    second = make()
+    ocp.load_checkpointables(tmp_path / "step", {"data": second})
+    assert next(second)["target"]["labels"].tolist() == (
+        next(first)["target"]["labels"].tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"shard": (2, 2)}, r"shard=\(2, 2\)"),
+        ({"shard": (0, 40)}, "40 shards"),
+        ({"batch_size": 21, "repeat": False}, "batch_size=21"),
+    ],
+)
+def test_refusals(options, message):
+    """Arguments out of range are named."""
+    with pytest.raises(ValueError, match=message):
+        data.batches(NUMBERS, **{"batch_size": 4, "seed": 0, **options})
+
+
+def test_nan_and_unequal_lengths_are_refused():
+    """The first place of a NaN is named, before any step."""
+    broken = np.zeros((6, 2))
+    broken[4, 1] = np.nan
+    with pytest.raises(ValueError, match=r"inputs\[4, 1\] = nan"):
+        data.batches({"inputs": broken}, batch_size=2, seed=0)
+    with pytest.raises(ValueError, match="one common length"):
+        data.evaluation_batches({"a": np.zeros(2), "b": np.zeros(3)}, batch_size=2)
+
+
+def test_random_crop_moves_and_flip_mirrors():
+    """A crop is a window of the padded image; a fair flip does both."""
+    image = np.arange(36).reshape(6, 6, 1)
+    crop = data.random_crop(pad=1)
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="reflect")
+    windows = {
+        padded[i : i + 6, j : j + 6].tobytes() for i in range(3) for j in range(3)
+    }
+    generator = np.random.default_rng(0)
+    drawn = {crop({"inputs": image}, generator)["inputs"].tobytes() for _ in range(200)}
+    assert drawn == windows
+    flip = data.horizontal_flip()
+    flips = [
+        np.array_equal(flip({"inputs": image}, generator)["inputs"], image[:, ::-1])
+        for _ in range(200)
+    ]
+    assert 70 < sum(flips) < 130
+
+
+@pytest.mark.parametrize("kind", ["crop", "flip"])
+def test_augmentations_refuse(kind):
+    """Negative padding, a probability above one."""
+    with pytest.raises(ValueError, match="-1" if kind == "crop" else "1.5"):
+        if kind == "crop":
+            data.random_crop(pad=-1)
+        else:
+            data.horizontal_flip(probability=1.5)

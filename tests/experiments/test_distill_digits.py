@@ -1,0 +1,46 @@
+"""The distillation study end to end on embedded digits, and what its students see."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import distill_digits
+from experiments.distill_digits import CROSS, PRESETS, STUDENTS
+
+SMOKE = PRESETS["smoke"]
+
+
+@pytest.mark.slow
+def test_smoke_prints_the_same_table_twice(tmp_path):
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path)
+    first, second = distill_digits.main(config), distill_digits.main(config)
+    assert first["rows"] == second["rows"]
+    assert first["teacher"] == second["teacher"]
+    assert [row.method for row in first["rows"]] == [*STUDENTS, *CROSS]
+    assert all(len(row.values) == config.seeds for row in first["rows"])
+    table = (first["folder"] / "table.md").read_bytes()
+    assert table == (second["folder"] / "table.md").read_bytes()
+
+
+def test_labelled_rows_are_balanced_and_of_one_shape():
+    labels = np.arange(1000) % 10
+    rows = distill_digits.labelled_rows(labels, 100, 0, SMOKE)
+    assert len(rows) == len(labels) and len(set(rows)) == 100
+    assert np.bincount(labels[rows]).tolist() == [100] * 10
+    again = distill_digits.labelled_rows(labels, 100, 0, SMOKE)
+    other = distill_digits.labelled_rows(labels, 100, 1, SMOKE)
+    np.testing.assert_array_equal(rows, again)
+    assert set(rows) != set(other)
+
+
+def test_all_labels_are_all_rows():
+    rows = distill_digits.labelled_rows(np.arange(50) % 10, 0, 0, SMOKE)
+    np.testing.assert_array_equal(rows, np.arange(50))
+
+
+@pytest.mark.parametrize("count", [15, -10, 10_000])
+def test_impossible_label_counts_are_refused(tmp_path, count):
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, labels=(count,))
+    with pytest.raises(ValueError, match="labels"):
+        distill_digits.main(config)

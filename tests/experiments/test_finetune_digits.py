@@ -1,0 +1,45 @@
+"""The fine-tuning study on real digits, and that what is held is watched."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import finetune_digits
+from jaxtransfer.typing import Variables
+
+SMOKE = finetune_digits.PRESETS["smoke"]
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_smoke_prints_the_same_table_twice(tmp_path, data_dir):
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, data_dir=data_dir)
+    first, second = finetune_digits.main(config), finetune_digits.main(config)
+    assert first == second
+    methods = [row.method for row in first if row.task == "5 labels a class"]
+    assert methods == [*finetune_digits.METHODS, finetune_digits.PROBE]
+    assert all(len(row.values) == config.seeds for row in first)
+    probe = next(row for row in first if row.method == finetune_digits.PROBE)
+    assert min(probe.values) > 30
+
+
+def test_a_held_layer_that_moved_stops_the_study():
+    before = Variables({"head": {"w": jnp.ones(2)}, "stem": {"w": jnp.ones(2)}})
+    tuned = Variables({"head": {"w": jnp.zeros(2)}, "stem": {"w": jnp.ones(2)}})
+    finetune_digits.check_held(before, tuned, ("head",))
+    with pytest.raises(AssertionError, match="held"):
+        finetune_digits.check_held(before, tuned, ("stem",))
+
+
+def test_few_are_balanced_nested_and_of_one_size():
+    images = {"labels": np.arange(200) % 10, "rows": np.arange(200)}
+    some = finetune_digits.few(images, 1, 40, (0, 0))
+    more = finetune_digits.few(images, 4, 40, (0, 0))
+    assert len(some["rows"]) == len(more["rows"]) == 40
+    assert np.bincount(some["labels"]).tolist() == [4] * 10
+    assert len(set(some["rows"])) == 10 and len(set(more["rows"])) == 40
+    assert set(some["rows"]) < set(more["rows"])
+    other = finetune_digits.few(images, 1, 40, (0, 1))
+    assert set(other["rows"]) != set(some["rows"])

@@ -1,0 +1,107 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import maml_omniglot as study
+
+SMOKE = study.PRESETS["smoke"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke preset on embedded digits: its results and its folder."""
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path_factory.mktemp("runs"))
+    results = study.main(config)
+    (folder,) = (config.run_dir / "maml_omniglot").iterdir()
+    return config, results, folder
+
+
+@pytest.mark.slow
+def test_smoke_writes_a_table_of_both_measures(smoke):
+    config, results, folder = smoke
+    assert list(results) == list(study.MEASURES)
+    for methods in results.values():
+        assert list(methods)[-1] == "MAML"
+        assert all(len(values) == config.seeds for values in methods.values())
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert len(rows) == 8
+    assert all((row["baseline"] is None) == (row["method"] != "MAML") for row in rows)
+    steps = json.loads((folder / "steps.json").read_text())
+    found = steps[0]["MAML"]["transductive"]
+    assert len(found["accuracy by steps"]) == config.steps + 1
+    assert found["rate"] == config.inner_learning_rate
+
+
+@pytest.mark.slow
+def test_same_seed_gives_the_same_table_with_any_number_of_workers(smoke):
+    config, results, _ = smoke
+    assert study.main(dataclasses.replace(config, workers=1)) == results
+
+
+@pytest.fixture(scope="module")
+def pools():
+    return study.read(SMOKE)
+
+
+def test_no_character_is_in_two_parts(pools):
+    images = {
+        name: {image.tobytes() for image in np.asarray(pool.inputs)}
+        for name, pool in pools.items()
+    }
+    assert not images["train"] & images["test"]
+    assert not images["validation"] & images["test"]
+    assert [len(np.unique(pool.labels)) for pool in pools.values()] == [4, 3, 3]
+
+
+def test_choice_looks_at_validation_alone():
+    """Rate and steps that are best on validation are taken, whatever the test says."""
+
+    def follow(variables, rates, tasks):
+        table = {
+            ("validation", 1.0): [0.0, 0.2, 0.9],
+            ("validation", 2.0): [1.0, 0.8, 0.1],
+            ("test", 1.0): [0.0, 0.7, 0.3],
+            ("test", 2.0): [0.0, 1.0, 1.0],
+        }[tasks, float(rates["head"])]
+        return {name: np.array([table]) for name in study.MEASURES}
+
+    found = study.judge(follow, None, (1.0, 2.0), "validation", "test")
+    for measure in study.MEASURES:
+        assert (found[measure]["rate"], found[measure]["steps"]) == (1.0, 2)
+        assert study._final(found[measure]).tolist() == [30.0]
+
+
+def test_new_head_keeps_the_pretrained_features(key):
+    whole = study.network(SMOKE, 12).init(key, np.zeros((1, 8, 8, 1), np.float32))
+    start = study.with_new_head(SMOKE, key, whole)
+    kept, given = start.params["features"], whole.params["features"]
+    jax.tree.map(np.testing.assert_array_equal, kept, given)
+    assert start.params["head"]["bias"].shape == (SMOKE.ways,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"meta_steps": 5}, "meta_steps: 5 must be a multiple of block, 2"),
+        ({"test_tasks": 6}, "test_tasks: 6 must be a multiple of validation_tasks, 4"),
+    ],
+)
+def test_options_that_do_not_divide_are_refused(tmp_path, options, message):
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        study.main(config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.data
+def test_omniglot_is_read_with_ink_as_one(data_dir):
+    if study.data.sources.find_prepared("omniglot", data_dir=data_dir) is None:
+        pytest.skip("omniglot is not prepared in JAXTRANSFER_DATA_DIR")
+    pools = study.read(dataclasses.replace(study.Config(), data_dir=data_dir))
+    assert [len(np.unique(p.labels)) for p in pools.values()] == [1100, 100, 423]
+    assert sum(len(pool.labels) for pool in pools.values()) == 1623 * 20
+    assert pools["test"].inputs.shape[1:] == (28, 28, 1)
+    assert float(pools["test"].inputs.mean()) < 0.2

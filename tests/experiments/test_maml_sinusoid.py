@@ -1,0 +1,70 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments import maml_sinusoid as study
+
+SMALL = dataclasses.replace(
+    study.PRESETS["smoke"],
+    widths=(16, 16),
+    meta_steps=4,
+    block=2,
+    test_shots=(5,),
+    steps=1,
+    test_tasks=10,
+    validation_tasks=10,
+)
+
+
+def test_same_seed_prints_the_same_table(tmp_path, capsys):
+    config = dataclasses.replace(SMALL, run_dir=tmp_path)
+    first = study.main(config)
+    printed = capsys.readouterr().out
+    assert study.main(config) == first
+    assert printed.splitlines()[:5] == capsys.readouterr().out.splitlines()[:5]
+    assert list(first) == ["5 points, 0 steps", "5 points, 1 steps"]
+    values = first["5 points, 1 steps"]
+    assert list(values) == ["untrained", "pretrained", "MAML"]
+    assert all(len(v) == 2 and np.isfinite(v).all() for v in values.values())
+    other = study.main(dataclasses.replace(config, seed=1))
+    assert other != first
+    folder = min((tmp_path / "maml_sinusoid").iterdir())
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert len(rows) == 6 and {row["baseline"] for row in rows} == {None, "pretrained"}
+
+
+def test_training_tells_maml_from_its_baseline(tmp_path):
+    """A short run already adapts; the pretrained network can't."""
+    config = dataclasses.replace(
+        study.PRESETS["smoke"],
+        run_dir=tmp_path,
+        learning_rate=5e-3,
+        inner_steps=3,
+        meta_steps=1500,
+        block=500,
+        test_shots=(10,),
+        seeds=1,
+        test_tasks=100,
+    )
+    last = study.main(config)["10 points, 10 steps"]
+    assert last["MAML"][0] < 0.7 * last["pretrained"][0]
+
+
+def test_all_points_of_all_tasks_are_one_batch(key):
+    tasks = study.episodes.sinusoid(key, tasks=3, shots=2, queries=4)
+    batch = study.points(tasks)
+    assert batch["inputs"].shape == batch["labels"].shape == (18, 1)
+
+    def pairs(arrays):
+        columns = [np.ravel(arrays[name]).tolist() for name in ("inputs", "labels")]
+        return sorted(zip(*columns, strict=True))
+
+    assert pairs(batch) == sorted(pairs(tasks["support"]) + pairs(tasks["query"]))
+
+
+def test_block_must_divide_the_steps(tmp_path):
+    with pytest.raises(ValueError, match="meta_steps: 5 must be a multiple of block"):
+        study.main(dataclasses.replace(SMALL, run_dir=tmp_path, meta_steps=5))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,117 @@
+"""The conventions of public functions of arrays, enforced on all of them."""
+
+import doctest
+import inspect
+import re
+
+import pytest
+
+from jaxtransfer import losses, ops
+
+PUBLIC = {
+    f"{module.__name__.rpartition('.')[2]}.{name}": (module, getattr(module, name))
+    for module in (losses, ops)
+    for name in module.__all__
+}
+# Names a first argument may have: data, predictions, parameters or, for what takes
+# no array, the function or the progress that it maps.
+DATA = re.compile(
+    r"(\w+_)?logits|predictions|source|values|params|x|inputs|fn|progress|step|key|tree"
+)
+# Methods of a paper, which must say which paper and where in it.
+OF_PAPERS = {
+    "losses.correlation_alignment",
+    "losses.cross_entropy",
+    "losses.domain_adversarial",
+    "losses.knowledge_distillation",
+    "losses.l2_sp",
+    "losses.maximum_mean_discrepancy",
+    "ops.dann",
+    "ops.gradient_reversal",
+}
+
+every = pytest.mark.parametrize(
+    ("module", "function"), PUBLIC.values(), ids=PUBLIC.keys()
+)
+
+
+def _sections(function):
+    return re.split(r"\n\n?(?=\w[\w ]*:\n)", inspect.getdoc(function))
+
+
+@pytest.mark.parametrize("module", [losses, ops], ids=["losses", "ops"])
+def test_all_is_sorted_and_leaves_nothing_public_out(module):
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert module.__all__ == sorted(public)
+
+
+@every
+def test_docstring_says_what_it_takes_and_returns(module, function):
+    summary, *rest = inspect.getdoc(function).splitlines()
+    assert summary.endswith(".") and len(summary) <= 84 and rest[0] == ""
+    titles = [part.partition(":\n")[0] for part in _sections(function)[1:]]
+    order = ["Args", "Returns", "Raises", "Example", "Reference"]
+    assert [t for t in order if t in titles] == titles
+    assert {"Args", "Returns", "Example"} <= set(titles)
+    arguments = next(p for p in _sections(function) if p.startswith("Args:"))
+    described = re.findall(r"^    (\w+): ", arguments, flags=re.MULTILINE)
+    assert described == list(inspect.signature(function).parameters)
+
+
+@every
+def test_example_runs(module, function):
+    namespace = {**vars(module)}
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    tests = doctest.DocTestFinder(recurse=False).find(
+        inspect.unwrap(function), function.__name__, globs=namespace
+    )
+    runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
+    for test in tests:
+        runner.run(test)
+    assert runner.tries >= 1 and runner.failures == 0
+
+
+@every
+def test_raises_section_where_it_raises(module, function):
+    source = inspect.getsource(inspect.unwrap(function))
+    if "raise ValueError" in source:
+        assert "\nRaises:\n    ValueError:" in inspect.getdoc(function)
+
+
+@pytest.mark.parametrize("name", sorted(OF_PAPERS))
+def test_reference_names_the_paper_and_the_place(name):
+    reference = inspect.getdoc(PUBLIC[name][1]).partition("\nReference:\n")[2]
+    assert re.search(r'".+?"'.replace(".", r"[\s\S]"), reference), "no title"
+    assert re.search(r"\b(19|20)\d\d\b", reference), "no year"
+    assert re.search(r"\b(eqs?\.|sec\.) \d", reference), "no equation or section"
+
+
+@every
+def test_data_first_and_defaults_by_keyword(module, function):
+    parameters = list(inspect.signature(function).parameters.values())
+    assert DATA.fullmatch(parameters[0].name)
+    for parameter in parameters:
+        assert parameter.annotation is not inspect.Parameter.empty
+        has_default = parameter.default is not inspect.Parameter.empty
+        assert has_default == (parameter.kind is parameter.KEYWORD_ONLY), parameter
+    masks = [p for p in parameters if p.name == "where" or p.name.endswith("_where")]
+    assert all(p.default is None for p in masks)
+
+
+@pytest.mark.parametrize("name", losses.__all__)
+def test_losses_of_data_take_masks(name):
+    if name in ("l2", "l2_sp"):  # of parameters, not of data
+        return
+    parameters = inspect.signature(getattr(losses, name)).parameters
+    masks = {p for p in parameters if p.endswith("where")}
+    two_sets = any(p.startswith("source") for p in parameters)
+    assert masks == ({"source_where", "target_where"} if two_sets else {"where"})
+
+
+def test_aliases_are_the_same_functions():
+    assert losses.mmd is losses.maximum_mean_discrepancy
+    assert losses.coral is losses.correlation_alignment

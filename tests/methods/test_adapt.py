@@ -1,0 +1,200 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtransfer import losses, ops
+from jaxtransfer.methods import adapt, finetune
+from jaxtransfer.train import init_state, train_step
+from jaxtransfer.typing import Variables
+from tests import digits
+from tests.twins import KINDS, jitted, network
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (6, 6))
+SOURCE = {"inputs": X, "labels": jnp.array([0, 2, 1, 1, 0, 2])}
+TARGET = {"inputs": 0.5 * X[:4] + 1}
+PAIR = {"source": SOURCE, "target": TARGET}
+CRITIC = network("nnx", inputs=5, outputs=1, widths=(4,))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def net(request):
+    model = network(request.param)
+    return model, jitted(model).init(KEY, X)
+
+
+def begin(net, critic=None, updates=0):
+    started = adapt.init(KEY, *net, X, critic=critic, tap="blocks_1")
+    started.model_state["updates"] = jnp.array(updates, jnp.int32)
+    return started
+
+
+def value(task, started, pair=PAIR):
+    return jax.jit(task)(started.params, {}, started.model_state, pair, KEY)
+
+
+def tapped(net, inputs, tap="blocks_1"):
+    model, start = net
+    return model.apply(start, inputs, taps=(tap,))[1][tap]
+
+
+def test_without_terms_it_is_the_source_loss(net):
+    loss, (state, measured) = value(adapt.objective(net[0]), begin(net))
+    expected, _ = finetune.objective(net[0])(net[1].params, {}, {}, SOURCE, KEY)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert set(measured) == {"task_loss", "accuracy"}
+    assert int(state["updates"]) == 1
+
+
+@pytest.mark.parametrize("distance", [losses.mmd, losses.coral])
+def test_alignment_is_the_weighted_distance_of_the_taps(net, distance):
+    source_only, _ = value(adapt.objective(net[0]), begin(net))
+    for tap in ("blocks_0", "blocks_1"):
+        term = adapt.align(distance, tap=tap, weight=0.3, name="distance")
+        loss, (_, measured) = value(adapt.objective(net[0], term), begin(net))
+        expected = distance(tapped(net, X, tap), tapped(net, TARGET["inputs"], tap))
+        np.testing.assert_allclose(measured["distance"], expected, rtol=1e-4)
+        np.testing.assert_allclose(loss, source_only + 0.3 * expected, rtol=1e-4)
+
+
+def test_several_terms_add_up(net):
+    terms = [
+        adapt.align(losses.mmd, tap="blocks_0", weight=0.3, name="mmd"),
+        adapt.align(losses.coral, tap="blocks_1", weight=2.0, name="coral"),
+    ]
+    loss, (_, measured) = value(adapt.objective(net[0], *terms), begin(net))
+    parts = measured["task_loss"].total / 6, measured["mmd"], measured["coral"]
+    np.testing.assert_allclose(
+        loss, parts[0] + 0.3 * parts[1] + 2.0 * parts[2], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("updates", [0, 3, 10, 20])
+def test_a_ramp_follows_the_updates(net, updates):
+    term = adapt.align(tap="blocks_1", weight=lambda progress: 2.0 * progress)
+    task = adapt.objective(net[0], term, steps=10)
+    loss, (state, measured) = value(task, begin(net, updates=updates))
+    expected = 2.0 * min(updates / 10, 1.0) * measured["alignment"]
+    np.testing.assert_allclose(
+        loss - measured["task_loss"].total / 6, expected, rtol=1e-4, atol=1e-6
+    )
+    assert int(state["updates"]) == updates + 1
+
+
+def test_the_training_step_counts_the_updates(net):
+    term = adapt.align(tap="blocks_1", weight=lambda progress: progress)
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(train_step(adapt.objective(net[0], term, steps=4), optimizer))
+    state = init_state(KEY, begin(net), optimizer)
+    for _ in range(3):
+        state, _ = step(state, PAIR)
+    assert int(state.model_state["updates"]) == 3
+
+
+def test_labels_of_the_target_are_not_read(net):
+    term = adapt.align(tap="blocks_1")
+    task = adapt.objective(net[0], term)
+    plain, _ = value(task, begin(net))
+    labelled = {**PAIR, "target": {**TARGET, "labels": jnp.full(4, -7)}}
+    assert float(plain) == float(value(task, begin(net), labelled)[0])
+
+
+@pytest.mark.parametrize("progress", [0.25, 1.0])
+def test_the_critic_learns_and_the_features_are_turned_against_it(net, progress):
+    """d/d critic = +gradient of its loss, d/d features = -ramp times it."""
+    model, _ = net
+    started = begin(net, CRITIC, updates=int(20 * progress))
+    term = adapt.dann(CRITIC, tap="blocks_1")
+
+    def gradient(*terms):
+        task = adapt.objective(model, *terms, steps=20)
+        arguments = {}, started.model_state, PAIR, KEY
+        return jax.jit(jax.grad(task, has_aux=True))(started.params, *arguments)[0]
+
+    def critics_loss(params):
+        rows = [
+            model.apply(Variables(params["model"]), inputs, taps=("blocks_1",))[1]
+            for inputs in (X, TARGET["inputs"])
+        ]
+        own = Variables(params["critic"])
+        logits = [CRITIC.apply(own, row["blocks_1"])[0] for row in rows]
+        return losses.domain_adversarial(*logits)
+
+    total, plain = gradient(term), gradient()
+    unreversed = jax.jit(jax.grad(critics_loss))(started.params)
+    strength = 2 / (1 + np.exp(-10 * progress)) - 1
+    np.testing.assert_allclose(ops.dann(progress), strength, rtol=1e-5)
+    adversarial = jax.tree.map(jnp.subtract, total, plain)
+    expected = {
+        "critic": unreversed["critic"],
+        "model": jax.tree.map(lambda g: -strength * g, unreversed["model"]),
+    }
+    for one, other in zip(*map(jax.tree.leaves, (adversarial, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    assert any(jnp.abs(g).max() > 1e-3 for g in jax.tree.leaves(expected["model"]))
+
+
+def test_metrics_of_the_critic(net):
+    term = adapt.dann(CRITIC, tap="blocks_1", weight=0.5, reversal=1.0)
+    loss, (_, measured) = value(adapt.objective(net[0], term), begin(net, CRITIC))
+    assert set(measured) == {"task_loss", "accuracy", "domain", "domain_accuracy"}
+    assert 0.0 <= float(measured["domain_accuracy"]) <= 1.0
+    np.testing.assert_allclose(
+        loss, measured["task_loss"].total / 6 + 0.5 * measured["domain"], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_domains_share_one_batch_of_statistics(kind):
+    model = network(kind, normalized=True)
+    start = jitted(model).init(KEY, X)
+    task = adapt.objective(model, adapt.align(tap="blocks_1"))
+    started = adapt.init(KEY, model, start, X)
+    _, (state, _) = value(task, started)
+    both = jnp.concatenate([X, TARGET["inputs"]])
+    _, _, expected = jitted(model).apply(start, both, train=True)
+    for one, other in zip(
+        *map(jax.tree.leaves, (state["model"], expected)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_predict_is_the_network(net):
+    started = begin(net, CRITIC)
+    outputs = adapt.predict(net[0])(started.params, {}, started.model_state, X)
+    np.testing.assert_allclose(outputs, net[0].apply(net[1], X)[0], rtol=1e-6)
+
+
+def moved(batch):
+    """Fainter, on grey paper, a pixel to the right."""
+    images = batch["inputs"].reshape(-1, 8, 8)
+    images = 0.2 + 0.6 * np.roll(images, 1, axis=2)
+    return {**batch, "inputs": images.reshape(-1, 64).astype(np.float32)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alignment_beats_source_only_under_a_shift(kind):
+    train, test = digits.digits()
+    pool = {"source": train, "target": {"inputs": moved(train)["inputs"]}}
+    model = network(kind, inputs=64, outputs=10, widths=(64, 32))
+    fresh = jitted(model).init(KEY, jnp.ones((1, 64)))
+    ways = {
+        "source only": [],
+        "mmd": [adapt.align(losses.mmd, tap="blocks_1")],
+        "coral": [adapt.align(losses.coral, tap="blocks_1", weight=10.0)],
+    }
+    scores = {}
+    for name, terms in ways.items():
+        started = adapt.init(KEY, model, fresh, jnp.ones((1, 64)))
+        state = digits.learn(
+            adapt.objective(model, *terms, steps=400),
+            optax.adam(2e-3),
+            started,
+            digits.batches(pool, 64),
+            steps=400,
+        )
+        scores[name] = digits.accuracy(adapt.predict(model), state, moved(test))
+    baseline = scores.pop("source only")
+    assert min(scores.values()) > baseline + 0.05, (baseline, scores)

@@ -1,0 +1,161 @@
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from jaxtransfer import ops
+from jaxtransfer.nets.layers import NNXPatchConv, PatchConv
+
+
+def _inputs(shape=(2, 7, 6, 3), seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _lax_conv(inputs, kernel, strides, padding):
+    return jax.lax.conv_general_dilated(
+        inputs, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 3))])
+@pytest.mark.parametrize("window", [(3, 3), (1, 1), (2, 3)])
+def test_conv_equals_lax_in_value_and_gradients(strides, padding, window):
+    inputs, kernel = _inputs(), _inputs((*window, 3, 4), 1)
+
+    def total(conv, inputs, kernel):
+        outputs = conv(inputs, kernel)
+        return jnp.sum(jnp.sin(outputs)), outputs
+
+    ours = functools.partial(ops.conv, strides=strides, padding=padding)
+    theirs = functools.partial(_lax_conv, strides=strides, padding=padding)
+    results = [
+        jax.jit(jax.grad(functools.partial(total, conv), argnums=(0, 1), has_aux=True))(
+            inputs, kernel
+        )
+        for conv in (ours, theirs)
+    ]
+    for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_conv_with_one_kernel_per_task():
+    inputs, kernels = _inputs((3, 2, 6, 6, 3)), _inputs((3, 3, 3, 3, 4), 1)
+    conv = functools.partial(ops.conv, strides=2)
+    got = jax.vmap(conv)(inputs, kernels)
+    expected = jnp.stack(
+        [_lax_conv(x, k, (2, 2), "SAME") for x, k in zip(inputs, kernels, strict=True)]
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    text = str(jax.make_jaxpr(jax.vmap(conv))(inputs, kernels))
+    assert "conv_general_dilated" not in text
+
+
+def test_conv_with_any_leading_axes_and_one_spatial_axis():
+    inputs, kernel = _inputs(), _inputs((3, 3, 3, 4), 1)
+    expected = ops.conv(inputs, kernel)
+    np.testing.assert_allclose(ops.conv(inputs[0], kernel), expected[0], atol=1e-6)
+    np.testing.assert_allclose(ops.conv(inputs[None], kernel)[0], expected, atol=1e-6)
+    sequence, window = _inputs((2, 9, 3)), _inputs((4, 3, 5), 1)
+    got = ops.conv(sequence, window, strides=2, padding=1)
+    expected = jax.lax.conv_general_dilated(
+        sequence, window, (2,), [(1, 1)], dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_conv_says_what_is_wrong():
+    conv, inputs = inspect.unwrap(ops.conv), jnp.ones((2, 7, 6, 3))
+    with pytest.raises(ValueError, match=r"inputs have 3 channels .* expects 1"):
+        conv(inputs, jnp.ones((3, 3, 1, 4)))
+    with pytest.raises(ValueError, match="padding must be .* got 'FULL'"):
+        conv(inputs, jnp.ones((3, 3, 3, 4)), padding="FULL")
+    with pytest.raises(ValueError, match="padding must have one entry"):
+        conv(inputs, jnp.ones((3, 3, 3, 4)), padding=(1,))
+    with pytest.raises(ValueError, match="strides must be"):
+        conv(inputs, jnp.ones((3, 3, 3, 4)), strides=0)
+    with pytest.raises(ValueError, match="window .* is larger"):
+        conv(inputs, jnp.ones((9, 9, 3, 4)), padding="VALID")
+    with pytest.raises(ValueError, match="kernel must be"):
+        conv(inputs, jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 7)])
+def test_max_pool_equals_flax(padding, height, width):
+    inputs = _inputs((2, height, width, 3)) - 5.0
+
+    def total(pool, x):
+        out = pool(x)
+        return jnp.sum(jnp.sin(out)), out
+
+    theirs = functools.partial(
+        nn.max_pool, window_shape=(2, 2), strides=(2, 2), padding=padding
+    )
+    ours = functools.partial(ops.max_pool, padding=padding)
+    results = [
+        jax.grad(functools.partial(total, pool), has_aux=True)(inputs)
+        for pool in (ours, theirs)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *results)
+
+
+def test_max_pool_window_ties_and_errors():
+    assert ops.max_pool(jnp.ones((6, 6, 1)), window=(3, 2)).shape == (2, 3, 1)
+    gradient = jax.grad(lambda x: ops.max_pool(x).sum())(jnp.zeros((2, 2, 1)))
+    np.testing.assert_allclose(gradient, 0.25)
+    with pytest.raises(ValueError, match="padding must be"):
+        ops.max_pool(jnp.ones((4, 4, 1)), padding="FULL")
+    with pytest.raises(ValueError, match=r"window \(5, 5\) is larger"):
+        ops.max_pool(jnp.ones((4, 4, 1)), window=5)
+
+
+OPTIONS = [
+    {},
+    {"strides": 2},
+    {"padding": "VALID", "use_bias": False},
+    {"padding": 1, "strides": (2, 1)},
+    {"padding": "CIRCULAR"},
+    {"dtype": jnp.bfloat16},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_linen_layer_is_a_drop_in(options):
+    inputs = _inputs()
+    ours, theirs = PatchConv(4, (3, 3), **options), nn.Conv(4, (3, 3), **options)
+    variables = theirs.init(jax.random.key(3), inputs)
+    own = ours.init(jax.random.key(3), inputs)
+    jax.tree.map(np.testing.assert_array_equal, own, variables)
+    got, expected = ours.apply(variables, inputs), theirs.apply(variables, inputs)
+    assert got.dtype == expected.dtype
+    tolerance = 1e-5 if got.dtype == jnp.float32 else 3e-2
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), expected.astype(jnp.float32), tolerance, tolerance
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_nnx_layer_is_a_drop_in(options):
+    inputs = _inputs()
+    ours = NNXPatchConv(3, 4, (3, 3), **options, rngs=nnx.Rngs(3))
+    theirs = nnx.Conv(3, 4, (3, 3), **options, rngs=nnx.Rngs(3))
+    states = [nnx.to_pure_dict(nnx.state(layer, nnx.Param)) for layer in (ours, theirs)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    got, expected = ours(inputs), theirs(inputs)
+    assert got.dtype == expected.dtype
+    tolerance = 1e-5 if got.dtype == jnp.float32 else 3e-2
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), expected.astype(jnp.float32), tolerance, tolerance
+    )
+
+
+def test_layers_refuse_what_they_lack():
+    for options in ({"kernel_dilation": 2}, {"feature_group_count": 3}):
+        with pytest.raises(ValueError, match="PatchConv has no dilation and no groups"):
+            PatchConv(3, (3, 3), **options).init(jax.random.key(0), _inputs())

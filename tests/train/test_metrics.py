@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtransfer.train import metrics
+from jaxtransfer.typing import Mean
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_])
+def test_mean_sums_in_float32_or_wider(dtype):
+    values = jnp.ones(1000, dtype)
+    pair = metrics.mean(values)
+    assert pair.total.dtype == pair.count.dtype == jnp.float32
+    assert (float(pair.total), float(pair.count)) == (1000.0, 1000.0)
+
+
+def test_rows_that_do_not_count_may_hold_anything():
+    values = jnp.array([1.0, jnp.nan, 3.0, jnp.inf])
+    pair = metrics.mean(values, where=jnp.array([True, False, True, False]))
+    assert (float(pair.total), float(pair.count)) == (4.0, 2.0)
+
+
+def test_the_gradient_of_rows_that_do_not_count_is_zero():
+    where = jnp.array([True, False])
+    gradient = jax.grad(lambda x: metrics.mean(jnp.log(x), where=where).total)(
+        jnp.array([2.0, 3.0])
+    )
+    np.testing.assert_allclose(gradient, [0.5, 0.0])
+
+
+def test_a_mask_of_examples_covers_their_values():
+    values = jnp.arange(6.0).reshape(3, 2)
+    pair = metrics.mean(values, where=jnp.array([True, True, False])[:, None])
+    assert (float(pair.total), float(pair.count)) == (6.0, 4.0)
+
+
+def test_scalars_count_as_one_value():
+    promoted = metrics.promote({"a": jnp.array(2.0), "b": Mean(3.0, 4.0), "c": 5})
+    assert [tuple(map(float, promoted[n])) for n in "abc"] == [(2, 1), (3, 4), (5, 1)]
+
+
+def test_merging_is_exact_and_keeps_names():
+    first = {"a": Mean(1.0, 1.0), "only": Mean(2.0, 4.0)}
+    second = {"a": Mean(3.0, 7.0), "other": Mean(1.0, 1.0)}
+    before = dict(first)
+    merged = metrics.merge(first, second)
+    assert first == before
+    assert metrics.finalize(merged) == {"a": 0.5, "only": 0.5, "other": 1.0}
+    assert metrics.merge({}, first) == first
+
+
+def test_finalize_of_nothing_is_not_a_number():
+    final = metrics.finalize({"a": Mean(jnp.array(0.0), jnp.array(0.0))})
+    assert np.isnan(final["a"]) and isinstance(final["a"], float)
+
+
+def test_classification_counts_rows_that_count():
+    logits = jnp.array([[2.0, 0.0], [0.0, 2.0], [0.0, 2.0], [9.0, 9.0]])
+
+    def predict(params, frozen, model_state, inputs):
+        return inputs * params
+
+    measure = metrics.classification(predict)
+    batch = {
+        "inputs": logits,
+        "labels": jnp.array([0, 1, 0, 0]),
+        "where": jnp.array([True, True, True, False]),
+    }
+    final = metrics.finalize(jax.jit(measure)(1.0, {}, {}, batch))
+    right, wrong = np.log1p(np.exp(-2)), np.log1p(np.exp(2))
+    np.testing.assert_allclose(final["accuracy"], 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(
+        final["cross_entropy"], (2 * right + wrong) / 3, rtol=1e-5
+    )
