@@ -38,9 +38,7 @@ def main() -> None:
     runs, flops, memory = {}, {}, {}
     for name, (rules, transform) in cases.items():
         trained, frozen = finetune.split(variables, rules)
-        state = train.init_state(
-            jax.random.key(2), trained, transform, frozen=frozen
-        )
+        state = train.init_state(jax.random.key(2), trained, transform, frozen=frozen)
         step = parallel.jit_step(
             train.train_step(finetune.objective(net), transform), donate=False
         )

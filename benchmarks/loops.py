@@ -44,9 +44,11 @@ def main() -> None:
         return state.params
 
     results = {
-        "host loop (fit)": lambda: train.fit(
-            compiled, fresh(), batches(), steps=STEPS, progress=False
-        )[0].params,
+        "host loop (fit)": lambda: (
+            train.fit(compiled, fresh(), batches(), steps=STEPS, progress=False)[
+                0
+            ].params
+        ),
         "bare loop over the step": bare,
         "scan_fit": lambda: scanned(fresh(), arrays).params,
     }
@@ -54,9 +56,7 @@ def main() -> None:
     apart = max(
         float(jnp.abs(a - b).max())
         for other in params[1:]
-        for a, b in zip(
-            jax.tree.leaves(params[0]), jax.tree.leaves(other), strict=True
-        )
+        for a, b in zip(jax.tree.leaves(params[0]), jax.tree.leaves(other), strict=True)
     )
     report(
         f"{STEPS} updates of an MLP 64-64 on digits, batch {BATCH}",

@@ -228,7 +228,9 @@ def make_run(method: str, channels: int, steps: int, config: Config) -> Callable
         optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warm_up, steps)
     )
     terms = make_terms(method, critic, config)
-    step = train_step(adapt.objective(net, *terms, steps=steps, joint=config.joint), optimizer)
+    step = train_step(
+        adapt.objective(net, *terms, steps=steps, joint=config.joint), optimizer
+    )
     predict = adapt.predict(net)
 
     @jax.jit

@@ -68,9 +68,9 @@ class Config(StudyConfig):
     """Tasks of a meta-step."""
     chunk: int | None = 4
     """Tasks that run side by side, a divisor of tasks; None: all (on a GPU)."""
-    methods: tuple[Literal["MAML", "FOMAML"], ...] = ("MAML", "FOMAML")
+    methods: tuple[Literal["MAML", "FOMAML"], ...] = ("MAML",)
     """What is meta-trained: second order, first order."""
-    meta_steps: int = 4000
+    meta_steps: int = 6000
     """Updates of the meta-parameters."""
     learning_rate: float = 3e-3
     """Of Adam on the meta-parameters; falls to 0 along a cosine."""

@@ -22,7 +22,7 @@ _ON_IN_TRAINING = ("train", "training", "is_training")
 _OFF_IN_TRAINING = ("deterministic", "use_running_average")
 
 
-def _mode(function: Callable[..., Any], train: bool) -> dict[str, bool]:
+def _mode(function: Callable[..., Any], train: bool) -> dict[str, Any]:
     """Keyword arguments that put ``function`` into training or evaluation mode."""
     known = inspect.signature(function).parameters
     return {

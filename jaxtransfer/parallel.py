@@ -18,7 +18,9 @@ from jaxtransfer.typing import Batch, Step
 
 
 def make_mesh(
-    *, axis_name: str = "data", devices: Sequence[jax.Device] | None = None
+    *,
+    axis_name: str = "data",
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
 ) -> Mesh:
     """Make a one-dimensional mesh over all devices.
 
@@ -118,7 +120,10 @@ def jit_step(step: Step, mesh: Mesh | None = None, *, donate: bool = True) -> St
     """
     shardings = {}
     if mesh is not None:
-        whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(*mesh.axis_names))
+        whole, split = (
+            NamedSharding(mesh, P()),
+            NamedSharding(mesh, P(*mesh.axis_names)),
+        )
         shardings = {
             "in_shardings": (whole, whole, split),
             "out_shardings": (whole, whole),

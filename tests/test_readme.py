@@ -19,7 +19,9 @@ def test_python_blocks_run_in_order(capsys):
     assert jnp.isfinite(names["value"])
     assert int(names["state"].step) == 1
     assert sorted(names["state"].params) == ["student"]
-    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), names["gradient"]))
+    assert jax.tree.all(
+        jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), names["gradient"])
+    )
 
 
 def test_every_module_the_readme_names_exists():

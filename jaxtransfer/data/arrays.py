@@ -74,9 +74,9 @@ def as_arrays(
         raise ValueError(
             f"images of {source.name!r} have shapes {sorted(shapes)[:4]}; give size="
         )
-    inputs = np.empty((len(examples), *shapes.pop()), np.float32)
-    for row, example in zip(inputs, examples, strict=True):
-        np.divide(example["inputs"], np.float32(255), out=row)
+    inputs: np.ndarray = np.empty((len(examples), *shapes.pop()), np.float32)
+    for number, example in enumerate(examples):
+        inputs[number] = example["inputs"] / np.float32(255)
     if invert:
         np.subtract(1, inputs, out=inputs)
     arrays = {"inputs": inputs}

@@ -142,6 +142,7 @@ def _how_to_get(name: str, places: Sequence[pathlib.Path]) -> str:
 def _load_prepared(name: str, split: str, folder: pathlib.Path) -> Source:
     import tensorflow_datasets as tfds
 
+    builder: Any
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:
@@ -163,9 +164,10 @@ def _load_prepared(name: str, split: str, folder: pathlib.Path) -> Source:
         if type(feature) is tfds.features.Image and feature.np_dtype == np.uint8
     }
     skip = {key: tfds.decode.SkipDecoding() for key in images}
-    records = builder.as_data_source(split=split, decoders=skip)
+    records: Any = builder.as_data_source(split=split, decoders=skip)
     try:
-        records[0], records[len(records) - 1]
+        for end in (0, len(records) - 1):
+            records[end]
     except Exception as error:
         raise ValueError(
             f"data set {name!r} in {folder} is damaged ({error}); delete it and "

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -188,9 +189,7 @@ def _bandwidths(rows, weights, multipliers, bandwidth):
 
 
 def _check_positive(name, values):
-    if isinstance(values, jax.core.Tracer) or any(
-        isinstance(value, jax.core.Tracer) for value in values
-    ):
+    if isinstance(values, Tracer) or any(isinstance(value, Tracer) for value in values):
         return
     if not len(values) or not all(value > 0 for value in values):
         raise ValueError(f"{name} must be positive, got {values}.")

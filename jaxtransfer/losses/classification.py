@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -44,7 +45,7 @@ def cross_entropy(
         Smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer
         Vision", CVPR 2016, sec. 7.
     """
-    if not isinstance(label_smoothing, jax.core.Tracer):
+    if not isinstance(label_smoothing, Tracer):
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(
                 f"label_smoothing must be in [0, 1], got {label_smoothing}."
@@ -55,7 +56,7 @@ def cross_entropy(
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, jnp.where(valid, labels, 0)
     )
-    if isinstance(label_smoothing, jax.core.Tracer) or label_smoothing:
+    if isinstance(label_smoothing, Tracer) or label_smoothing:
         uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
         losses = (1.0 - label_smoothing) * losses + label_smoothing * uniform
     losses = losses * jnp.where(valid, 1.0, jnp.nan).astype(losses.dtype)
@@ -160,7 +161,7 @@ def _classified(logits, labels, where):
 
 
 def _check_range(labels, classes):
-    if isinstance(labels, jax.core.Tracer) or not labels.is_fully_addressable:
+    if isinstance(labels, Tracer) or not labels.is_fully_addressable:
         return
     values = np.asarray(labels)
     outside = values[(values < 0) | (values >= classes)]

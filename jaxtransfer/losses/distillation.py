@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -43,7 +44,7 @@ def knowledge_distillation(
         sec. 2. Deviation: the divergence in place of the cross-entropy, which differs
         by the teacher's entropy, a constant; so the best value is 0.
     """
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+    if not isinstance(temperature, Tracer) and not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     student, teacher = widen(student_logits), widen(teacher_logits)
     if student.shape != teacher.shape or student.ndim < 1:

@@ -326,7 +326,10 @@ def trajectory(
             state = _statistics(task, adapted, frozen, state, episode["support"], key)
             loss, (_, measured) = judge(adapted, frozen, state, episode["query"], key)
             pairs = metrics_lib.promote({"loss": loss, **measured})
-            return {name: pair.total / pair.count for name, pair in pairs.items()}
+            return {
+                name: jnp.asarray(pair.total) / pair.count
+                for name, pair in pairs.items()
+            }
 
         def body(carry: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
             carry, _ = inner(carry, key, slow, frozen, episode["support"])

@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, PyTree
 
 
 def gradient_reversal(
-    x: PyTree[Array, "T"], strength: float | Float[Array, ""]
-) -> PyTree[Array, "T"]:
+    x: PyTree[Array], strength: float | Float[Array, ""]
+) -> PyTree[Array]:
     """Gradient reversal layer (GRL): identity forward, ``-strength * g`` backward.
 
     Placed between features and a domain critic, one descent step trains the critic

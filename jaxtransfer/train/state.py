@@ -35,7 +35,8 @@ class TrainState(struct.PyTreeNode):
 def init_state(
     key: jax.Array,
     variables: Variables,
-    optimizer: optax.GradientTransformation | Mapping[str, optax.GradientTransformation],
+    optimizer: optax.GradientTransformation
+    | Mapping[str, optax.GradientTransformation],
     *,
     frozen: Frozen | None = None,
 ) -> TrainState:

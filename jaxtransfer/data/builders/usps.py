@@ -82,7 +82,10 @@ def read(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
         with h5py.File(path, "r") as file:
             raw = {
-                split: (file[split]["data"][()], file[split]["target"][()])
+                split: (
+                    np.asarray(file[f"{split}/data"]),
+                    np.asarray(file[f"{split}/target"]),
+                )
                 for split in ("train", "test")
             }
     except (OSError, KeyError) as error:
