@@ -4,7 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, Shaped
+
+AnyArray = Array | np.ndarray
+"""What a caller may pass: on the device or not yet."""
 
 Params = Mapping[str, Any]
 """Nested dict of arrays with string keys: what the gradient is taken of."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key, Shaped
 
 from jaxtransfer import prng
+from jaxtransfer.typing import AnyArray
 
 Episodes = dict[str, dict[str, Array]]
 
@@ -31,12 +33,13 @@ class ClassIndex:
             tasks that a class can't fill.
     """
 
-    members: Int[Array, "classes most"]
-    counts: Int[Array, " classes"]
+    # Any: transformations rebuild a pytree with avals or specs in the arrays' place.
+    members: Any
+    counts: Any
     smallest: int
 
 
-def class_index(labels: Shaped[Array | np.ndarray, "..."]) -> ClassIndex:
+def class_index(labels: Shaped[AnyArray, "..."]) -> ClassIndex:
     """Index a pool of labelled examples by class.
 
     Classes are the distinct values of `labels`; they need not be consecutive.
@@ -77,7 +80,7 @@ def class_index(labels: Shaped[Array | np.ndarray, "..."]) -> ClassIndex:
 
 def sample(
     key: Key[Array, ""],
-    inputs: Shaped[Array | np.ndarray, "n ..."],
+    inputs: Shaped[AnyArray, "n ..."],
     class_index: ClassIndex,
     *,
     tasks: int,

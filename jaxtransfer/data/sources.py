@@ -8,7 +8,7 @@ import difflib
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -159,7 +159,7 @@ def _load_prepared(name: str, split: str, folder: pathlib.Path) -> Source:
         )
     _require_files(name, split, folder, info)
     images = {
-        key: feature.shape[-1]
+        key: cast(Any, feature).shape[-1]
         for key, feature in info.features.items()
         if type(feature) is tfds.features.Image and feature.np_dtype == np.uint8
     }

@@ -5,14 +5,15 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.reduction import check_mask, mean, widen
+from jaxtransfer.typing import AnyArray
 
 
 def domain_adversarial(
-    source_logits: Float[Array, "n ..."],
-    target_logits: Float[Array, "m ..."],
+    source_logits: Float[AnyArray, "n ..."],
+    target_logits: Float[AnyArray, "m ..."],
     *,
-    source_where: Bool[Array, " n"] | None = None,
-    target_where: Bool[Array, " m"] | None = None,
+    source_where: Bool[AnyArray, " n"] | None = None,
+    target_where: Bool[AnyArray, " m"] | None = None,
 ) -> Float[Array, ""]:
     """Domain-adversarial loss (DANN): the critic's binary cross-entropy.
 
@@ -53,11 +54,11 @@ def domain_adversarial(
 
 
 def domain_accuracy(
-    source_logits: Float[Array, "n ..."],
-    target_logits: Float[Array, "m ..."],
+    source_logits: Float[AnyArray, "n ..."],
+    target_logits: Float[AnyArray, "m ..."],
     *,
-    source_where: Bool[Array, " n"] | None = None,
-    target_where: Bool[Array, " m"] | None = None,
+    source_where: Bool[AnyArray, " n"] | None = None,
+    target_where: Bool[AnyArray, " m"] | None = None,
 ) -> Float[Array, ""]:
     """Balanced accuracy of a critic that tells source (positive) from target.
 

@@ -11,17 +11,18 @@ from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.ops.kernels import mean_squared_distance, self_squared_distances
+from jaxtransfer.typing import AnyArray
 
 
 def maximum_mean_discrepancy(
-    source: Float[Array, "n features"],
-    target: Float[Array, "m features"],
+    source: Float[AnyArray, "n features"],
+    target: Float[AnyArray, "m features"],
     *,
     estimator: Literal["biased", "unbiased"] = "biased",
     multipliers: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0),
-    bandwidth: float | Sequence[float] | Float[Array, "..."] | None = None,
-    source_where: Bool[Array, " n"] | None = None,
-    target_where: Bool[Array, " m"] | None = None,
+    bandwidth: float | Sequence[float] | Float[AnyArray, "..."] | None = None,
+    source_where: Bool[AnyArray, " n"] | None = None,
+    target_where: Bool[AnyArray, " m"] | None = None,
 ) -> Float[Array, ""]:
     """Squared maximum mean discrepancy (MMD, MK-MMD) under a sum of Gaussian kernels.
 
@@ -99,11 +100,11 @@ def maximum_mean_discrepancy(
 
 
 def correlation_alignment(
-    source: Float[Array, "n features"],
-    target: Float[Array, "m features"],
+    source: Float[AnyArray, "n features"],
+    target: Float[AnyArray, "m features"],
     *,
-    source_where: Bool[Array, " n"] | None = None,
-    target_where: Bool[Array, " m"] | None = None,
+    source_where: Bool[AnyArray, " n"] | None = None,
+    target_where: Bool[AnyArray, " m"] | None = None,
 ) -> Float[Array, ""]:
     """Correlation alignment (CORAL): squared distance between covariances.
 

@@ -8,14 +8,15 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.typing import AnyArray
 
 
 def cross_entropy(
-    logits: Float[Array, "*batch classes"],
-    labels: Int[Array, "*batch"],
+    logits: Float[AnyArray, "*batch classes"],
+    labels: Int[AnyArray, "*batch"],
     *,
     label_smoothing: float = 0.0,
-    where: Bool[Array, "*batch"] | None = None,
+    where: Bool[AnyArray, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
     """Cross-entropy of softmax predictions against integer labels, per example.
 
@@ -64,11 +65,11 @@ def cross_entropy(
 
 
 def mean_squared_error(
-    predictions: Float[Array, "..."],
-    targets: Float[Array, "..."],
+    predictions: Float[AnyArray, "..."],
+    targets: Float[AnyArray, "..."],
     *,
     axis: int | tuple[int, ...] = -1,
-    where: Bool[Array, "..."] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "..."]:
     """Mean squared error (MSE) over the features of every example.
 
@@ -108,10 +109,10 @@ def mean_squared_error(
 
 
 def accuracy(
-    logits: Float[Array, "*batch classes"],
-    labels: Int[Array, "*batch"],
+    logits: Float[AnyArray, "*batch classes"],
+    labels: Int[AnyArray, "*batch"],
     *,
-    where: Bool[Array, "*batch"] | None = None,
+    where: Bool[AnyArray, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
     """Whether the largest logit is that of the label: 1 or 0 per example.
 

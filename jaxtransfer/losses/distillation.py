@@ -7,14 +7,15 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.typing import AnyArray
 
 
 def knowledge_distillation(
-    student_logits: Float[Array, "*batch classes"],
-    teacher_logits: Float[Array, "*batch classes"],
+    student_logits: Float[AnyArray, "*batch classes"],
+    teacher_logits: Float[AnyArray, "*batch classes"],
     *,
     temperature: float | Float[Array, ""] = 4.0,
-    where: Bool[Array, "*batch"] | None = None,
+    where: Bool[AnyArray, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
     """Knowledge distillation (KD): divergence of softened predictions, per example.
 

@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from jaxtransfer.typing import AnyArray
+
 
 def mean(
-    values: Shaped[Array, "..."], *, where: Bool[Array, "..."] | None = None
+    values: Shaped[AnyArray, "..."], *, where: Bool[AnyArray, "..."] | None = None
 ) -> Float[Array, ""]:
     """Mean of the values that count; 0 if none does.
 
@@ -38,7 +40,7 @@ def mean(
     return total / jnp.maximum(count, 1.0)
 
 
-def widen(values):
+def widen(values: AnyArray) -> Array:
     """The values in float32, or wider if they already are: sums lose nothing."""
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxtransfer.nets.layers import PatchConv
 from jaxtransfer.ops import max_pool
+from jaxtransfer.typing import AnyArray
 
 
 class _DenseFeatures(nn.Module):
@@ -22,8 +23,8 @@ class _DenseFeatures(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
-        x = inputs.reshape(len(inputs), -1)
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
+        x = jnp.reshape(inputs, (len(inputs), -1))
         for number, width in enumerate(self.widths):
             x = self.activation(nn.Dense(width, name=f"dense_{number}")(x))
             if self.dropout:
@@ -53,7 +54,7 @@ class MLP(nn.Module):
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         """Map ``[batch, ...]`` to ``[batch, outputs]``."""
         x = _DenseFeatures(self.widths, self.activation, self.dropout, name="features")(
             inputs, train=train
@@ -76,7 +77,7 @@ class Critic(nn.Module):
     widths: tuple[int, ...] = (128, 128)
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: AnyArray) -> jax.Array:
         """Map ``[rows, features]`` to ``[rows, 1]``."""
         return MLP(1, self.widths, name="critic")(inputs)
 
@@ -89,7 +90,7 @@ class _LeNetFeatures(nn.Module):
     conv: Callable[..., Any]
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         x = inputs
         for number, filters in enumerate(self.filters):
             x = self.conv(filters, (5, 5), padding="VALID", name=f"conv_{number}")(x)
@@ -136,7 +137,7 @@ class LeNet(nn.Module):
     conv: Callable[..., Any] = nn.Conv
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         """Map images ``[batch, height, width, channels]`` to ``[batch, outputs]``."""
         x = _LeNetFeatures(
             self.filters,
@@ -155,7 +156,7 @@ class _Conv4Block(nn.Module):
     conv: Callable[..., Any]
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         strides = (2, 2) if self.strided else (1, 1)
         x = self.conv(self.filters, (3, 3), strides=strides, name="conv")(inputs)
         # Momentum 0: the running statistics are those of the last batch in training
@@ -172,8 +173,8 @@ class _Conv4Features(nn.Module):
     conv: Callable[..., Any]
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
-        x = inputs
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
+        x = jnp.asarray(inputs)
         for number in range(4):
             block = _Conv4Block(
                 self.filters, self.strided, self.conv, name=f"block_{number}"
@@ -211,7 +212,7 @@ class Conv4(nn.Module):
     conv: Callable[..., Any] = PatchConv
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         """Map images ``[batch, height, width, channels]`` to ``[batch, outputs]``."""
         x = _Conv4Features(
             self.filters, self.strided, self.pooled, self.conv, name="features"
@@ -224,7 +225,7 @@ class _ResidualBlock(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
         conv = partial(nn.Conv, padding=((1, 1), (1, 1)), use_bias=False)
         strides = (self.stride, self.stride)
@@ -269,7 +270,7 @@ class ResNet(nn.Module):
     filters: int = 16
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         """Map images ``[batch, height, width, channels]`` to ``[batch, outputs]``."""
         if (self.depth - 2) % 6 or self.depth < 8:
             raise ValueError(f"depth: got {self.depth}; it must be 6n + 2, e.g. 20")
