@@ -5,14 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-
-def det(shape, seed, amplitude=1.0):
-    """Numbers in [-amplitude, amplitude) from integer hashing: the same anywhere."""
-    i = np.arange(int(np.prod(shape)), dtype=np.uint64)
-    step = (i + np.uint64(1)) * np.uint64(seed) * np.uint64(320744257)
-    u = (i * i * np.uint64(2654435761) + step) % np.uint64(2**32)
-    u = (u ^ (u >> np.uint64(15))) * np.uint64(2246822519) % np.uint64(2**32)
-    return (amplitude * (2 * (u.astype(np.float64) / 2**32) - 1)).reshape(shape)
+from tests.losses.case import det
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,242 @@
+"""What is promised of every loss, tried on every loss; see `tests/losses/case.py`."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxtransfer import losses
+from tests.losses.cases import CASES, WITHOUT
+
+every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def having(condition):
+    """The cases that a promise applies to."""
+    cases = [case for case in CASES if condition(case)]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def _is_float(leaf):
+    return np.issubdtype(np.asarray(leaf).dtype, np.floating)
+
+
+def _cast(arrays, dtype):
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype if _is_float(leaf) else None), arrays
+    )
+
+
+def _floats(change, arrays, positions=None):
+    """``change`` applied to every float leaf, of some positions or of all."""
+    return tuple(
+        jax.tree.map(lambda leaf: change(leaf) if _is_float(leaf) else leaf, argument)
+        if positions is None or i in positions
+        else argument
+        for i, argument in enumerate(arrays)
+    )
+
+
+def _both(case, **masks):
+    """The result, its sum's gradient by what is differentiable or stopped."""
+    positions = tuple(sorted({*case.differentiable, *case.stopped}))
+
+    def run(*arrays):
+        def total(*given):
+            result = case.function(*given, **case.options, **masks)
+            weights = jax.tree.map(_weights, result)
+            terms = jax.tree.map(lambda w, v: jnp.sum(w * v), weights, result)
+            return sum(jax.tree.leaves(terms)), result
+
+        if not positions:
+            return total(*arrays)[1], ()
+        gradient, result = jax.grad(total, positions, has_aux=True)(*arrays)
+        return result, gradient
+
+    return run
+
+
+def _weights(values):
+    """Different weights for the examples, so that none can hide behind another."""
+    return 1.0 + jnp.arange(values.size).reshape(values.shape) / 7.0
+
+
+@functools.cache
+def _jitted(index):
+    return jax.jit(_both(CASES[index]))
+
+
+def _run(case, arrays):
+    return _jitted(CASES.index(case))(*_cast(arrays, jnp.float32))
+
+
+def _close(got, expected, rtol, atol):
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=rtol, atol=atol),
+        got,
+        expected,
+    )
+
+
+def _scale(tree):
+    values = [np.abs(leaf).max() for leaf in jax.tree.leaves(tree) if np.size(leaf)]
+    return max(values, default=1.0) or 1.0
+
+
+def _assert_finite(case, arrays):
+    for leaf in jax.tree.leaves(_run(case, arrays)):
+        assert np.isfinite(leaf).all()
+
+
+def test_every_public_loss_has_a_case():
+    tried = {case.function for case in CASES}
+    missing = {
+        name
+        for name in losses.__all__
+        if inspect.isfunction(inspect.unwrap(getattr(losses, name)))
+        and getattr(losses, name) not in tried
+    }
+    assert missing == set(WITHOUT)
+
+
+@every
+def test_result_has_its_shape_and_dtype(case):
+    result, _ = _run(case, case.arrays)
+    for leaf in jax.tree.leaves(result):
+        assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
+    if case.per_example:
+        assert result.shape == (len(case.arrays[0]),)
+
+
+@every
+def test_agrees_eager_jit_vmap_and_pmap(case):
+    arrays = _cast(case.arrays, jnp.float32)
+    run = _both(case)
+    expected = _run(case, case.arrays)
+    atol = 2e-6 * _scale(expected)
+    with jax.disable_jit():  # as typed into a prompt
+        value = case.function(*arrays, **case.options)
+    _close(value, expected[0], 1e-5, atol)
+    pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arrays)
+    for transformed in (jax.jit(jax.vmap(run)), jax.pmap(run)):
+        got = transformed(*pair)
+        _close(jax.tree.map(lambda leaf: leaf[1], got), expected, 2e-5, atol)
+
+
+@having(lambda case: case.smooth and case.differentiable)
+def test_gradient_is_that_of_finite_differences(case, float64):
+    arrays = list(_cast(case.arrays, jnp.float64))
+
+    @jax.jit
+    def of(*some):
+        given = dict(zip(case.differentiable, some, strict=True))
+        filled = [given.get(i, array) for i, array in enumerate(arrays)]
+        result = case.function(*filled, **case.options)
+        return jax.tree.map(lambda leaf: jnp.sum(_weights(leaf) * leaf), result)
+
+    some = tuple(arrays[i] for i in case.differentiable)
+    check_grads(of, some, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+@having(lambda case: case.stopped)
+def test_targets_get_no_gradient(case):
+    _, gradient = _run(case, case.arrays)
+    positions = sorted({*case.differentiable, *case.stopped})
+    for position, leaves in zip(positions, gradient, strict=True):
+        largest = _scale(leaves) if _any(leaves) else 0.0
+        assert (largest == 0.0) == (position in case.stopped), position
+
+
+def _any(leaves):
+    return any(np.any(leaf) for leaf in jax.tree.leaves(leaves))
+
+
+@having(lambda case: case.at_zero)
+def test_finite_at_zero(case):
+    _assert_finite(case, _floats(np.zeros_like, case.arrays))
+
+
+@having(lambda case: case.at_equal_rows)
+def test_finite_at_equal_rows(case):
+    def equal(leaf):
+        return np.broadcast_to(leaf[:1], leaf.shape) if leaf.ndim else leaf
+
+    _assert_finite(case, _floats(equal, case.arrays))
+
+
+@having(lambda case: case.at_extremes)
+def test_finite_at_extreme_logits(case):
+    def extreme(leaf):
+        return 1e4 * np.sign(leaf)
+
+    _assert_finite(case, _floats(extreme, case.arrays, case.at_extremes))
+    apart = [extreme, lambda leaf: -extreme(leaf)]
+    for turn, position in enumerate(case.at_extremes):
+        one = _floats(apart[turn % 2], case.arrays, (position,))
+        _assert_finite(case, one)
+
+
+@having(lambda case: case.more)
+def test_finite_at_further_inputs(case):
+    for name, arrays in case.more.items():
+        run = jax.jit(_both(case))
+        for leaf in jax.tree.leaves(run(*_cast(arrays, jnp.float32))):
+            assert np.isfinite(leaf).all(), name
+
+
+@having(lambda case: case.half)
+def test_half_precision_is_accumulated_in_float32(case):
+    half = _cast(case.arrays, jnp.bfloat16)
+    widened = _cast(half, jnp.float32)
+    result = jax.jit(lambda *a: case.function(*a, **case.options))(*half)
+    expected, _ = _jitted(CASES.index(case))(*widened)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(result))
+    _close(result, expected, 1e-5, 1e-6 * _scale(expected))
+
+
+@having(lambda case: case.masks)
+def test_masked_rows_may_hold_anything_and_change_nothing(case):
+    expected = _run(case, case.arrays)
+    masked = {i for positions in case.masks.values() for i in positions}
+    masks = {
+        name: jnp.arange(len(jax.tree.leaves(case.arrays[positions[0]])[0]) + 2)
+        < len(jax.tree.leaves(case.arrays[positions[0]])[0])
+        for name, positions in case.masks.items()
+    }
+
+    def padded(leaf):
+        filler = np.full((2, *leaf.shape[1:]), np.nan if _is_float(leaf) else 0)
+        return np.concatenate([leaf, filler.astype(leaf.dtype)])
+
+    arrays = tuple(
+        jax.tree.map(padded, argument) if i in masked else argument
+        for i, argument in enumerate(case.arrays)
+    )
+    got, gradient = jax.jit(_both(case, **masks))(*_cast(arrays, jnp.float32))
+    atol = 2e-6 * _scale(expected)
+    if case.per_example:
+        np.testing.assert_array_equal(got[-2:], 0.0)
+        got = got[:-2]
+    _close(got, expected[0], 1e-5, atol)
+    positions = sorted({*case.differentiable, *case.stopped})
+    for position, given, wanted in zip(positions, gradient, expected[1], strict=True):
+        if position in masked:
+            for leaf in jax.tree.leaves(given):
+                np.testing.assert_array_equal(leaf[-2:], 0.0)
+            given = jax.tree.map(lambda leaf: leaf[:-2], given)
+        _close(given, wanted, 2e-5, atol)
+
+
+@having(lambda case: case.masks)
+def test_finite_when_nothing_counts(case):
+    masks = {
+        name: jnp.zeros(len(jax.tree.leaves(case.arrays[positions[0]])[0]), bool)
+        for name, positions in case.masks.items()
+    }
+    run = jax.jit(_both(case, **masks))
+    for leaf in jax.tree.leaves(run(*_cast(case.arrays, jnp.float32))):
+        assert np.isfinite(leaf).all()
