@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.sets import check_widths, weighted_rows
 from jaxtransfer.ops.kernels import mean_squared_distance, self_squared_distances
 from jaxtransfer.typing import AnyArray
 
@@ -67,9 +67,9 @@ def maximum_mean_discrepancy(
         raise ValueError(
             f'estimator must be "biased" or "unbiased", got {estimator!r}.'
         )
-    source, source_weights = _rows("source", source, source_where, least)
-    target, target_weights = _rows("target", target, target_where, least)
-    _check_widths(source, target)
+    source, source_weights = weighted_rows("source", source, source_where, least)
+    target, target_weights = weighted_rows("target", target, target_where, least)
+    check_widths(source, target)
     rows = jnp.concatenate([source, target])
     weights = jnp.concatenate([source_weights, target_weights])
     bandwidths = jax.lax.stop_gradient(
@@ -133,9 +133,9 @@ def correlation_alignment(
         Sun and Saenko, "Deep CORAL: Correlation Alignment for Deep Domain Adaptation",
         ECCV Workshops 2016, eqs. 1-3.
     """
-    source, source_weights = _rows("source", source, source_where, 2)
-    target, target_weights = _rows("target", target, target_where, 2)
-    _check_widths(source, target)
+    source, source_weights = weighted_rows("source", source, source_where, 2)
+    target, target_weights = weighted_rows("target", target, target_where, 2)
+    check_widths(source, target)
     difference = _covariance(source, source_weights) - _covariance(
         target, target_weights
     )
@@ -145,30 +145,6 @@ def correlation_alignment(
 
 mmd = maximum_mean_discrepancy
 coral = correlation_alignment
-
-
-def _rows(name, rows, where, least):
-    """The rows, widened and 0 where masked, and the weight 0 or 1 of each."""
-    rows = widen(rows)
-    if rows.ndim != 2:
-        raise ValueError(
-            f"{name} must be [rows, features], got shape {rows.shape}; flatten the "
-            "trailing axes with reshape(len(x), -1)."
-        )
-    if len(rows) < least:
-        raise ValueError(f"{name} needs at least {least} rows, got {len(rows)}.")
-    if where is None:
-        return rows, jnp.ones(len(rows), rows.dtype)
-    where = check_mask(f"{name}_where", where, rows.shape[:1])
-    return jnp.where(where[:, None], rows, 0.0), where.astype(rows.dtype)
-
-
-def _check_widths(source, target):
-    if source.shape[1] != target.shape[1]:
-        raise ValueError(
-            "source and target must have the same number of features, got shapes "
-            f"{source.shape} and {target.shape}; take both from the same layer."
-        )
 
 
 def _bandwidths(rows, weights, multipliers, bandwidth):
