@@ -6,6 +6,7 @@ from jaxtransfer.ops.kernels import (
     self_squared_distances,
     squared_distances,
 )
+from jaxtransfer.ops.pairwise import gaussian_kernel_sums
 from jaxtransfer.ops.patches import conv, max_pool
 from jaxtransfer.ops.ramps import cosine, dann, linear, progress
 from jaxtransfer.ops.reversal import gradient_reversal
@@ -17,6 +18,7 @@ __all__ = [
     "conv",
     "cosine",
     "dann",
+    "gaussian_kernel_sums",
     "gradient_reversal",
     "linear",
     "max_pool",

@@ -1,0 +1,176 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from jaxtransfer import ops
+from tests.losses.case import det
+
+BANDWIDTHS, KERNEL_WEIGHTS = (1.0, 2.5, 7.0), (0.5, 1.0, 2.0)
+COMBINATION = (0.3, -0.7, 1.1)
+sums = functools.partial(
+    ops.gaussian_kernel_sums,
+    bandwidths=BANDWIDTHS,
+    kernel_weights=jnp.array(KERNEL_WEIGHTS),
+)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _sets(n, m, features=3):
+    x, y = det((n, features), 61), det((m, features), 62) + 0.5
+    return x, y, 0.5 + det((n,), 63) / 2, 0.5 + det((m,), 64) / 2
+
+
+def _twin(x, y, u, v):
+    """The three sums from all distances, as a NumPy or JAX array."""
+
+    def kernel(a, b):
+        distances = ((a[:, None] - b) ** 2).sum(-1)
+        pairs = zip(KERNEL_WEIGHTS, BANDWIDTHS, strict=True)
+        return sum(w * jnp.exp(-distances / b) for w, b in pairs)
+
+    def distinct(a):
+        return jnp.where(jnp.eye(len(a), dtype=bool), 0.0, kernel(a, a))
+
+    return u @ distinct(x) @ u, v @ distinct(y) @ v, u @ kernel(x, y) @ v
+
+
+def _combined(fn):
+    return lambda x, y, u, v: sum(
+        c * s for c, s in zip(COMBINATION, fn(x, y, u, v), strict=True)
+    )
+
+
+def _tiled(tile, **options):
+    return lambda x, y, u, v: sums(x, y, x_weights=u, y_weights=v, tile=tile, **options)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "tile"), [(7, 5, 3), (10, 4, 4), (6, 6, 6), (3, 9, 512), (1, 1, 2)]
+)
+def test_value_and_gradient_are_those_of_all_pairs(float64, n, m, tile):
+    arrays = [jnp.asarray(array) for array in _sets(n, m)]
+    got = jax.jit(jax.value_and_grad(_combined(_tiled(tile)), (0, 1)))(*arrays)
+    expected = jax.value_and_grad(_combined(_twin), (0, 1))(*arrays)
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-12, atol=1e-13),
+        got,
+        expected,
+    )
+
+
+def test_value_alone_is_the_same(float64):
+    arrays = [jnp.asarray(array) for array in _sets(7, 5)]
+    for got, expected in zip(_tiled(2)(*arrays), _twin(*arrays), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-13)
+
+
+def test_second_derivatives(float64):
+    x, y, u, v = (jnp.asarray(array) for array in _sets(4, 3, 2))
+    value = jax.jit(lambda x, y: _combined(_tiled(2))(x, y, u, v))
+    check_grads(value, (x, y), order=2, modes=["rev"])
+
+
+def test_offset_counts_once_a_pair(float64):
+    x, y, u, v = (jnp.asarray(array) for array in _sets(7, 5))
+    plain, less = _tiled(3)(x, y, u, v), _tiled(3, offset=0.25)(x, y, u, v)
+    pairs = (u.sum() ** 2 - u @ u, v.sum() ** 2 - v @ v, u.sum() * v.sum())
+    for one, other, count in zip(plain, less, pairs, strict=True):
+        np.testing.assert_allclose(one - other, 0.25 * count, rtol=1e-12)
+
+
+def test_weights_and_bandwidths_get_no_gradient():
+    x, y, u, v = (jnp.asarray(array, jnp.float32) for array in _sets(4, 3))
+
+    def value(u, v, bandwidths, kernel_weights):
+        return ops.gaussian_kernel_sums(
+            x,
+            y,
+            x_weights=u,
+            y_weights=v,
+            bandwidths=bandwidths,
+            kernel_weights=kernel_weights,
+        ).between
+
+    given = (u, v, jnp.array(BANDWIDTHS), jnp.array(KERNEL_WEIGHTS))
+    for gradient in jax.grad(value, (0, 1, 2, 3))(*given):
+        np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_many_tiles_lose_nothing_in_float32():
+    """400 tiles of float32 against all pairs in float64."""
+    x, y, _, _ = _sets(300, 500, 4)
+    ones = np.ones(300), np.ones(500)
+    with jax.enable_x64(True):
+        exact = _twin(*(jnp.asarray(array) for array in (x, y, *ones)))
+    got = sums(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32), tile=29)
+    for value, expected in zip(got, exact, strict=True):
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, expected, rtol=2e-7)
+
+
+def test_memory_does_not_grow_with_the_pairs():
+    def temporary(n):
+        x = jax.ShapeDtypeStruct((n, 8), jnp.float32)
+        run = jax.jit(jax.grad(lambda x, y: sum(sums(x, y, tile=64)), (0, 1)))
+        return run.lower(x, x).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(512), temporary(4096)
+    assert large < 12 * small
+    assert large < 4096 * 4096 * 4 / 10
+
+
+def _sharded(transformation):
+    x, y, u, v = (jnp.asarray(a, jnp.float32) for a in _sets(64, 48, 5))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    split = PartitionSpec("data")
+
+    def run(axis_name):
+        def value(x, y, u, v):
+            fn = _tiled(8, offset=1.0, axis_name=axis_name)
+            return _combined(fn)(x, y, u, v)
+
+        return jax.value_and_grad(value, (0, 1))
+
+    expected = run(None)(x, y, u, v)
+    if transformation == "jit":
+        arrays = (jax.device_put(a, NamedSharding(mesh, split)) for a in (x, y, u, v))
+        return jax.jit(run(None))(*arrays), expected
+    if transformation == "shard_map":
+        fn = jax.shard_map(
+            run("data"),
+            mesh=mesh,
+            in_specs=(split,) * 4,
+            out_specs=(PartitionSpec(), (split, split)),
+        )
+        return jax.jit(fn)(x, y, u, v), expected
+    divided = [a.reshape(8, -1, *a.shape[1:]) for a in (x, y, u, v)]
+    value, gradients = jax.pmap(run("data"), axis_name="data")(*divided)
+    assert jnp.ptp(value) == 0.0
+    # As of any sum over the devices: the gradient of what all of them return.
+    whole = [g.reshape(-1, 5) / 8 for g in gradients]
+    return (value[0], tuple(whole)), expected
+
+
+@pytest.mark.parametrize("transformation", ["jit", "shard_map", "pmap"])
+def test_divided_over_devices_is_one_device(transformation):
+    got, expected = _sharded(transformation)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        atol = 1e-6 * float(jnp.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=atol)
+
+
+def test_says_what_is_wrong(types_unchecked):
+    with pytest.raises(ValueError, match=r"equal width, got shapes \(2, 3\) and \(2,"):
+        ops.gaussian_kernel_sums(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match="tile must be positive, got 0"):
+        ops.gaussian_kernel_sums(jnp.zeros((2, 3)), jnp.zeros((2, 3)), tile=0)
