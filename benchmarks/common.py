@@ -1,10 +1,14 @@
 """Ratios in one run: candidates interleaved, medians, one JSON record."""
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +38,24 @@ def interleave(
             jax.block_until_ready(run())
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(spent) for name, spent in times.items()}
+
+
+def in_fresh_process(run: Callable[..., Any], *arguments: Any) -> Any:
+    """What a call returns in a process of its own, whose memory only it has used.
+
+    Args:
+        run: a function of a module; it is imported there.
+        *arguments: what it is called with.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(run, *arguments).result()
+
+
+def peak_memory() -> float:
+    """Largest resident size of this process so far, in GB."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def report(question: str, seconds: Mapping[str, float], **facts: Any) -> None:

@@ -108,7 +108,7 @@ def gaussian_kernel_sums(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(tile, axis_name, *arrays):
+def _sums(tile, axis_name, *arrays) -> tuple[Array, Array, Array]:
     return _pass(tile, axis_name, False, *arrays)[0]
 
 

@@ -1,0 +1,120 @@
+"""What does every loss cost at training size, beside its peer in PyTorch?
+
+``python -m benchmarks.losses [--only WORDS] [--memory] [--rounds N] [--json FILE]``:
+value and gradient, compiled, of batches of 256 with 1,000 classes, embeddings of 512
+and maps of 32 x 32 x 64. Both get the same numbers and must return the same value.
+Needs PyTorch (``pip install torch``). ``--memory`` adds what each holds beside its
+inputs: of the compiled program here, of a fresh process for the peer.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+
+from benchmarks import peers
+from benchmarks.common import in_fresh_process, interleave, peak_memory
+
+
+def rows() -> dict[str, peers.Row]:
+    """All comparisons, in the order of the families' names."""
+    found: dict[str, peers.Row] = {}
+    for module in pkgutil.iter_modules(peers.__path__):
+        found |= importlib.import_module(f"{peers.__name__}.{module.name}").ROWS
+    return found
+
+
+def in_jax(row: peers.Row):
+    """The library's value and gradient as a call."""
+    inputs = jax.tree.map(jax.numpy.asarray, row.inputs)
+    run = jax.jit(jax.value_and_grad(row.loss, row.wrt))
+    return lambda: run(*inputs)
+
+
+def in_torch(row: peers.Row):
+    """The peer's value and gradient as a call."""
+
+    def tensor(array):
+        array = np.moveaxis(array, -1, 1) if np.ndim(array) == 4 else array
+        array = np.ascontiguousarray(array)
+        # PyTorch indexes by long only.
+        integral = np.issubdtype(array.dtype, np.integer)
+        return torch.from_numpy(array.astype(np.int64) if integral else array)
+
+    inputs = jax.tree.map(tensor, row.inputs)
+    wrt = [inputs[i] for i in row.wrt]
+    for leaf in jax.tree.leaves(wrt):
+        leaf.requires_grad_()
+
+    def run():
+        value = row.peer(*inputs)
+        return value.detach(), *torch.autograd.grad(value, jax.tree.leaves(wrt))
+
+    return run
+
+
+def memory_of_jax(row: peers.Row) -> float:
+    """MB that the compiled function holds beside its inputs: temporaries, results."""
+    inputs = jax.tree.map(jax.numpy.asarray, row.inputs)
+    program = jax.jit(jax.value_and_grad(row.loss, row.wrt)).lower(*inputs).compile()
+    sizes = program.memory_analysis()
+    return (sizes.temp_size_in_bytes + sizes.output_size_in_bytes) / 1e6
+
+
+def memory_of_torch(name: str) -> float:
+    """MB that a process grows by in the first run, its inputs not counted."""
+    run = in_torch(rows()[name])
+    before = peak_memory()
+    run()
+    return 1e3 * (peak_memory() - before)
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", help="rows whose names hold one of these")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    options = parser.parse_args()
+    record = {}
+    print(f"{'loss':<40} {'jax ms':>9} {'torch ms':>9} {'ratio':>6}  of")
+    for name, row in rows().items():
+        if options.only and not any(word in name for word in options.only):
+            continue
+        ours, theirs = in_jax(row), in_torch(row)
+        if row.rtol is not None:
+            np.testing.assert_allclose(
+                float(ours()[0]), float(theirs()[0]), rtol=row.rtol, err_msg=name
+            )
+        seconds = interleave({"jax": ours, "torch": theirs}, rounds=options.rounds)
+        ratio = seconds["jax"] / seconds["torch"]
+        record[name] = {**seconds, "ratio": ratio, "of": row.of}
+        if options.memory:
+            megabytes = memory_of_jax(row), in_fresh_process(memory_of_torch, name)
+            record[name]["megabytes"] = dict(zip(seconds, megabytes, strict=True))
+        milliseconds = [1e3 * seconds[key] for key in ("jax", "torch")]
+        print(
+            f"{name:<40} {milliseconds[0]:9.2f} {milliseconds[1]:9.2f} {ratio:6.2f}"
+            f"  {row.of} {record[name].get('megabytes', '')}",
+            flush=True,
+        )
+    slow = [name for name, entry in record.items() if entry["ratio"] > 1.1]
+    print(f"{len(record)} losses, {len(slow)} slower than 1.1: {', '.join(slow)}")
+    if options.json is not None:
+        facts = {
+            "jax": jax.__version__,
+            "torch": torch.__version__,
+            "cores": os.cpu_count(),
+        }
+        options.json.write_text(json.dumps({**facts, "losses": record}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
