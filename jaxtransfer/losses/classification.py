@@ -51,7 +51,7 @@ def cross_entropy(
             raise ValueError(
                 f"label_smoothing must be in [0, 1], got {label_smoothing}."
             )
-    logits, labels, where = _classified(logits, labels, where)
+    logits, labels, where = classified(logits, labels, where)
     classes = logits.shape[-1]
     valid = (labels >= 0) & (labels < classes)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
@@ -135,12 +135,12 @@ def accuracy(
         >>> accuracy(jnp.array([[0.0, 1.0], [2.0, 1.0]]), jnp.array([1, 1])).tolist()
         [1.0, 0.0]
     """
-    logits, labels, where = _classified(logits, labels, where)
+    logits, labels, where = classified(logits, labels, where)
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     return correct if where is None else jnp.where(where, correct, 0.0)
 
 
-def _classified(logits, labels, where):
+def classified(logits, labels, where):
     """Checked, widened, and with harmless values where the mask is False."""
     logits, labels = widen(logits), jnp.asarray(labels)
     if logits.ndim < 1 or logits.shape[:-1] != labels.shape:

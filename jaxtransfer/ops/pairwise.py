@@ -1,7 +1,7 @@
 """Sums of Gaussian kernels over all pairs of two sets, in tiles: any size fits."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,12 +103,13 @@ def gaussian_kernel_sums(
     total = jnp.sum(jnp.abs(u))
     shift = jnp.abs(u) @ x / jnp.where(total > 0, total, 1.0)
     shift = jax.lax.stop_gradient(shift)
-    sums = KernelSums(*_sums(tile, axis_name, x - shift, y - shift, u, v, *kernel))
+    totals: Any = _sums(tile, axis_name, x - shift, y - shift, u, v, *kernel)
+    sums = KernelSums(*totals)
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(tile, axis_name, *arrays) -> tuple[Array, Array, Array]:
+def _sums(tile, axis_name, *arrays):
     return _pass(tile, axis_name, False, *arrays)[0]
 
 

@@ -21,7 +21,7 @@ def det(shape, seed, amplitude=1.0):
     return (amplitude * (2 * (u.astype(np.float64) / 2**32) - 1)).reshape(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A call of a loss, and which of its promises apply.
 

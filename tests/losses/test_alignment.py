@@ -273,8 +273,8 @@ def test_says_what_is_wrong():
             loss(jnp.ones((5, 3)), jnp.ones((5, 3)), source_where=jnp.ones(4, bool))
     with pytest.raises(ValueError, match="target needs at least 2 rows, got 1"):
         coral(jnp.ones((5, 3)), jnp.ones((1, 3)))
-    with pytest.raises(ValueError, match="estimator must be .* got 'linear'"):
-        mmd(jnp.ones((5, 3)), jnp.ones((5, 3)), estimator="linear")
+    with pytest.raises(ValueError, match="estimator must be .* got 'mean'"):
+        mmd(jnp.ones((5, 3)), jnp.ones((5, 3)), estimator="mean")
     for options in ({"multipliers": (1.0, 0.0)}, {"multipliers": ()}):
         with pytest.raises(ValueError, match="multipliers must be positive"):
             mmd(jnp.ones((5, 3)), jnp.ones((5, 3)), **options)

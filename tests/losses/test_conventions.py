@@ -12,11 +12,14 @@ PUBLIC = {
     f"{module.__name__.rpartition('.')[2]}.{name}": (module, getattr(module, name))
     for module in (losses, ops)
     for name in module.__all__
+    if not inspect.isclass(getattr(module, name))
 }
 # Names a first argument may have: data, predictions, parameters or, for what takes
 # no array, the function or the progress that it maps.
 DATA = re.compile(
-    r"(\w+_)?logits|predictions|source|values|params|x|inputs|fn|progress|step|key|tree"
+    r"(\w+_)?(logits|features|maps|embeddings|layers|attention|hidden|values)"
+    r"|predictions|probabilities|source|params|state|classes|inputs"
+    r"|x|fn|progress|step|key|tree"
 )
 # Plain arithmetic, of no paper. All others say which paper and where in it.
 OF_NO_PAPER = {
@@ -102,10 +105,23 @@ def test_data_first_and_defaults_by_keyword(module, function):
     assert all(p.default is None for p in masks)
 
 
-@pytest.mark.parametrize("name", losses.__all__)
+FUNCTIONS = {name.partition(".")[2] for name in PUBLIC if name.startswith("losses.")}
+# Of parameters, of values that were measured before, or what makes a state.
+WITHOUT_MASK = {
+    "channel_attention",
+    "class_queue",
+    "elastic_weight_consolidation",
+    "init_synaptic_intelligence",
+    "l1_sp",
+    "l2",
+    "l2_sp",
+    "synaptic_importance",
+    "update_synaptic_intelligence",
+}
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS - WITHOUT_MASK))
 def test_losses_of_data_take_masks(name):
-    if name in ("l2", "l2_sp"):  # of parameters, not of data
-        return
     parameters = inspect.signature(getattr(losses, name)).parameters
     masks = {p for p in parameters if p.endswith("where")}
     two_sets = any(p.startswith("source") for p in parameters)

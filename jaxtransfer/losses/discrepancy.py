@@ -1,0 +1,267 @@
+"""Maximum mean discrepancy: how far apart a kernel sees two sets; a scalar."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float
+
+from jaxtransfer.losses.sets import check_widths, weighted_rows
+from jaxtransfer.ops.kernels import mean_squared_distance, squared_distances
+from jaxtransfer.ops.pairwise import KernelSums, gaussian_kernel_sums
+from jaxtransfer.typing import AnyArray
+
+LEAST_ROWS = {"biased": 1, "unbiased": 2, "linear": 2, "block": 2}
+DENSE_ROWS = 1024
+"""Rows of both sets together up to which the matrix of all pairs is the faster way."""
+
+
+def maximum_mean_discrepancy(
+    source: Float[AnyArray, "n features"],
+    target: Float[AnyArray, "m features"],
+    *,
+    estimator: Literal["biased", "unbiased", "linear", "block"] = "biased",
+    multipliers: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0),
+    bandwidth: Literal["mean", "median"]
+    | float
+    | Sequence[float]
+    | Float[AnyArray, "..."]
+    | None = None,
+    kernel_weights: Sequence[float] | Float[AnyArray, " kernels"] | None = None,
+    block_size: int = 16,
+    axis_name: str | None = None,
+    source_where: Bool[AnyArray, " n"] | None = None,
+    target_where: Bool[AnyArray, " m"] | None = None,
+) -> Float[Array, ""]:
+    """Squared maximum mean discrepancy (MMD, MK-MMD) under a sum of Gaussian kernels.
+
+    ``mean K(s, s') + mean K(t, t') - 2 mean K(s, t)`` with
+    ``K(x, y) = sum_k w_k exp(-|x - y|^2 / (r_k b))``. By default b is the mean squared
+    distance between distinct rows of both sets together, held constant in the gradient.
+    Sets of any size: beyond a thousand rows the pairs are taken in tiles, value and
+    gradient in one pass, and no matrix of them is ever held.
+
+    Args:
+        source: Features [n, features].
+        target: Features [m, features]; n and m may differ.
+        estimator: "biased" (V-statistic: never negative, 0 for equal sets);
+            "unbiased" (U-statistic: without the pairs of a row with itself; its
+            expectation is 0 for equal distributions, so it can be negative);
+            "block" (mean of unbiased estimates over blocks of rows, O(n block_size));
+            "linear" (the block estimate with blocks of two, O(n)). The last two pair
+            the rows in their order, as many as both sets have.
+        multipliers: The ratios r_k, positive.
+        bandwidth: "mean" or None for the mean squared distance; "median" for the
+            median of it, over the pairs of distinct rows (O((n + m)^2) memory); a
+            number to set b; a sequence to give every ``r_k b`` itself, in units of
+            squared distance.
+        kernel_weights: w_k [kernels], not negative; default 1. See
+            `optimal_kernel_weights`.
+        block_size: Rows of a block, at least 2.
+        axis_name: Name of a mapped axis that the rows are divided over (in
+            ``shard_map`` or ``pmap``): the discrepancy is that of the rows of all
+            devices, each computing a part. For "biased" and "unbiased".
+        source_where: Which source rows count [n]; default all.
+        target_where: Which target rows count [m]; default all.
+
+    Returns:
+        Scalar, float32 or wider; 0 if too few rows count (one a side, two but for the
+        biased estimator).
+
+    Raises:
+        ValueError: If the inputs are not matrices of equal width, a side has too few
+            rows, or an option is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([[0.0, 1.0], [2.0, 3.0]])
+        >>> print(f"{float(maximum_mean_discrepancy(rows, rows + 5.0)):.4f}")
+        5.2808
+
+    Reference:
+        Gretton et al., "A Kernel Two-Sample Test", JMLR 13, 2012, eqs. 3 and 5, linear
+        time sec. 6; blocks: Zaremba, Gretton and Blaschko, "B-tests: Low Variance
+        Kernel Two-Sample Tests", NeurIPS 2013, sec. 2; Long et al., "Learning
+        Transferable Features with Deep Adaptation Networks", ICML 2015. Deviation:
+        equal weights of the kernels unless others are given, as in the authors' later
+        code.
+    """
+    least = LEAST_ROWS.get(estimator)
+    if least is None:
+        raise ValueError(
+            f"estimator must be one of {', '.join(LEAST_ROWS)}, got {estimator!r}."
+        )
+    source, source_weights = weighted_rows("source", source, source_where, least)
+    target, target_weights = weighted_rows("target", target, target_where, least)
+    check_widths(source, target)
+    given = (source, target, source_weights, target_weights)
+    if axis_name is not None:
+        if estimator not in ("biased", "unbiased"):
+            raise ValueError(
+                f"axis_name needs a biased or unbiased estimator, got {estimator!r}."
+            )
+        # Bandwidths of all rows; the sums divide the gathered rows again.
+        given = jax.lax.all_gather(given, axis_name, axis=0, tiled=True)
+    kernels = jax.lax.stop_gradient(
+        bandwidths(
+            jnp.concatenate(given[:2]),
+            jnp.concatenate(given[2:]),
+            multipliers,
+            bandwidth,
+        )
+    )
+    weights = _kernel_weights(kernel_weights, kernels)
+    if estimator in ("linear", "block"):
+        size = 2 if estimator == "linear" else block_size
+        return _by_blocks(*given, kernels, weights, size)
+    local = (source, target, source_weights, target_weights)
+    sums, offset = _kernel_sums(*local, *given, kernels, weights, axis_name)
+    alike = jnp.sum(weights) - offset  # a row with itself
+    value = estimate(sums, jnp.sum(given[2]), jnp.sum(given[3]), estimator, alike)
+    # Equal on all devices, which only the mean lets `shard_map` know.
+    return value if axis_name is None else jax.lax.pmean(value, axis_name)
+
+
+mmd = maximum_mean_discrepancy
+
+
+def estimate(sums, n, m, estimator, alike):
+    """The discrepancy from the sums over distinct pairs, 0 with too few rows.
+
+    ``alike`` is the value of the kernel for a row with itself.
+    """
+    least = LEAST_ROWS[estimator]
+    enough = (n >= least) & (m >= least)
+    n, m = jnp.where(enough, n, least), jnp.where(enough, m, least)
+    between = 2.0 * (sums.between / (n * m))
+    if estimator == "biased":
+        within = (sums.within_x + n * alike) / n**2 + (sums.within_y + m * alike) / m**2
+    else:
+        within = sums.within_x / (n * (n - 1)) + sums.within_y / (m * (m - 1))
+    return jnp.where(enough, within - between, 0.0)
+
+
+def bandwidths(rows, weights, multipliers, bandwidth):
+    """The bandwidths ``r_k b`` [kernels] by a rule or as given."""
+    if bandwidth is None or isinstance(bandwidth, str):
+        base = _rule(rows, weights, bandwidth or "mean")
+        # Rows that are equal but for rounding have no distance to scale by.
+        size = jnp.max(jnp.abs(rows), initial=0.0)
+        floor = rows.shape[1] * (16 * jnp.finfo(rows.dtype).eps * size) ** 2
+        base = jnp.where(base <= floor, 1.0, base)
+    elif np.ndim(bandwidth):
+        check_positive("bandwidth", bandwidth)
+        return jnp.asarray(bandwidth, rows.dtype)
+    else:
+        check_positive("bandwidth", [bandwidth])
+        base = jnp.asarray(bandwidth, rows.dtype)
+    check_positive("multipliers", multipliers)
+    return base * jnp.asarray(multipliers, rows.dtype)
+
+
+def check_positive(name, values):
+    """A ValueError if there are no values, or one that is known is not positive."""
+    if isinstance(values, Tracer) or any(isinstance(value, Tracer) for value in values):
+        return
+    if not len(values) or not all(value > 0 for value in values):
+        raise ValueError(f"{name} must be positive, got {values}.")
+
+
+def _rule(rows, weights, rule):
+    if rule == "mean":
+        return mean_squared_distance(rows, where=weights)
+    if rule != "median":
+        raise ValueError(f'bandwidth rules are "mean" and "median", got {rule!r}.')
+    pairs = (weights[:, None] * weights > 0) & ~jnp.eye(len(rows), dtype=bool)
+    distances = jnp.where(pairs, squared_distances(rows, rows), jnp.nan)
+    median = jnp.nanmedian(distances)
+    return jnp.where(jnp.isnan(median), 0.0, median)
+
+
+def _kernel_weights(given, kernels):
+    if given is None:
+        return jnp.ones_like(kernels)
+    weights = jax.lax.stop_gradient(jnp.asarray(given, kernels.dtype))
+    if weights.shape != kernels.shape:
+        raise ValueError(
+            f"kernel_weights must be one a kernel, {kernels.shape}, got shape "
+            f"{weights.shape}."
+        )
+    return weights
+
+
+def _kernel_sums(
+    source, target, u, v, every_source, every_target, p, q, kernels, weights, axis_name
+):
+    """The sums over distinct pairs, of the kernel less an offset, and the offset."""
+    if axis_name is None and len(source) + len(target) <= DENSE_ROWS:
+        return _all_pairs(source, target, u, v, kernels, weights), 0.0
+    rows, counts = (
+        jnp.concatenate([every_source, every_target]),
+        jnp.concatenate([p, q]),
+    )
+    typical = jax.lax.stop_gradient(mean_squared_distance(rows, where=counts))
+    offset = jnp.sum(weights * jnp.exp(-typical / kernels))
+    sums = gaussian_kernel_sums(
+        source,
+        target,
+        bandwidths=kernels,
+        kernel_weights=weights,
+        x_weights=u,
+        y_weights=v,
+        offset=offset,
+        axis_name=axis_name,
+    )
+    return sums, offset
+
+
+def _all_pairs(source, target, u, v, kernels, weights):
+    """The same sums by the matrix of all pairs: quicker for small sets."""
+    rows = jnp.concatenate([source, target])
+    return sums_of(kernel_of(squared_distances(rows, rows), kernels, weights), u, v)
+
+
+def sums_of(kernel, u, v):
+    """The sums over distinct pairs from the matrix of both sets' pairs together."""
+    n = len(u)
+    kernel = jnp.where(jnp.eye(len(kernel), dtype=bool), 0.0, kernel)
+    by_source, by_target = kernel[:, :n] @ u, kernel[:, n:] @ v
+    return KernelSums(u @ by_source[:n], v @ by_target[n:], u @ by_target[:n])
+
+
+def kernel_of(distances, kernels, weights):
+    """The sum of weighted Gaussian kernels, of distances of any shape."""
+    terms = zip(kernels, weights, strict=True)
+    return sum(weight * jnp.exp(-distances / b) for b, weight in terms)
+
+
+def _by_blocks(source, target, u, v, kernels, weights, size):
+    """Mean over whole blocks of the unbiased estimate within each."""
+    if size < 2:
+        raise ValueError(f"block_size must be at least 2, got {size}.")
+    count = min(len(source), len(target)) // size
+    if not count:
+        raise ValueError(
+            f"blocks of {size} rows need as many on each side, got {len(source)} and "
+            f"{len(target)}; give a smaller block_size."
+        )
+
+    def blocks(rows):
+        return rows[: count * size].reshape(count, size, *rows.shape[1:])
+
+    def one(source, target, u, v):
+        sums = _all_pairs(source, target, u, v, kernels, weights)
+        within = (sums.within_x + sums.within_y) / (size * (size - 1))
+        # Without the pairs of equal places, so that the estimate is a U-statistic of
+        # pairs (s_i, t_i).
+        at_once = jnp.sum((source - target) ** 2, axis=1)
+        paired = u * v @ kernel_of(at_once, kernels, weights)
+        value = within - 2.0 * (sums.between - paired) / (size * (size - 1))
+        return value, jnp.all(u > 0) & jnp.all(v > 0)
+
+    values, whole = jax.vmap(one)(*map(blocks, (source, target, u, v)))
+    total = jnp.sum(jnp.where(whole, values, 0.0))
+    return total / jnp.maximum(jnp.sum(whole, dtype=total.dtype), 1.0)
