@@ -1,7 +1,7 @@
 """Maximum mean discrepancy: how far apart a kernel sees two sets; a scalar."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,14 +97,14 @@ def maximum_mean_discrepancy(
     source, source_weights = weighted_rows("source", source, source_where, least)
     target, target_weights = weighted_rows("target", target, target_where, least)
     check_widths(source, target)
-    given = (source, target, source_weights, target_weights)
+    given: list[Any] = [source, target, source_weights, target_weights]
     if axis_name is not None:
         if estimator not in ("biased", "unbiased"):
             raise ValueError(
                 f"axis_name needs a biased or unbiased estimator, got {estimator!r}."
             )
         # Bandwidths of all rows; the sums divide the gathered rows again.
-        given = jax.lax.all_gather(given, axis_name, axis=0, tiled=True)
+        given = list(jax.lax.all_gather(given, axis_name, axis=0, tiled=True))
     kernels = jax.lax.stop_gradient(
         bandwidths(
             jnp.concatenate(given[:2]),
@@ -116,9 +116,9 @@ def maximum_mean_discrepancy(
     weights = _kernel_weights(kernel_weights, kernels)
     if estimator in ("linear", "block"):
         size = 2 if estimator == "linear" else block_size
-        return _by_blocks(*given, kernels, weights, size)
-    local = (source, target, source_weights, target_weights)
-    sums, offset = _kernel_sums(*local, *given, kernels, weights, axis_name)
+        return _by_blocks(given, kernels, weights, size)
+    local: list[Any] = [source, target, source_weights, target_weights]
+    sums, offset = _kernel_sums(local, given, kernels, weights, axis_name)
     alike = jnp.sum(weights) - offset  # a row with itself
     value = estimate(sums, jnp.sum(given[2]), jnp.sum(given[3]), estimator, alike)
     # Equal on all devices, which only the mean lets `shard_map` know.
@@ -193,10 +193,10 @@ def _kernel_weights(given, kernels):
     return weights
 
 
-def _kernel_sums(
-    source, target, u, v, every_source, every_target, p, q, kernels, weights, axis_name
-):
+def _kernel_sums(local, every, kernels, weights, axis_name):
     """The sums over distinct pairs, of the kernel less an offset, and the offset."""
+    source, target, u, v = local
+    every_source, every_target, p, q = every
     if axis_name is None and len(source) + len(target) <= DENSE_ROWS:
         return _all_pairs(source, target, u, v, kernels, weights), 0.0
     rows, counts = (
@@ -234,12 +234,15 @@ def sums_of(kernel, u, v):
 
 def kernel_of(distances, kernels, weights):
     """The sum of weighted Gaussian kernels, of distances of any shape."""
-    terms = zip(kernels, weights, strict=True)
-    return sum(weight * jnp.exp(-distances / b) for b, weight in terms)
+    total = jnp.zeros_like(distances)
+    for bandwidth, weight in zip(kernels, weights, strict=True):
+        total = total + weight * jnp.exp(-distances / bandwidth)
+    return total
 
 
-def _by_blocks(source, target, u, v, kernels, weights, size):
+def _by_blocks(given, kernels, weights, size):
     """Mean over whole blocks of the unbiased estimate within each."""
+    source, target, u, v = given
     if size < 2:
         raise ValueError(f"block_size must be at least 2, got {size}.")
     count = min(len(source), len(target)) // size

@@ -78,7 +78,7 @@ def joint_maximum_mean_discrepancy(
         raise ValueError(
             f"bandwidth must be one a layer, {len(source_layers)}, got {len(given)}."
         )
-    product, alike = 1.0, 1.0
+    product, alike = jnp.ones(()), jnp.ones(())
     for source, target, one in zip(source_layers, target_layers, given, strict=True):
         source, u = weighted_rows("source", source, source_where, 1)
         target, v = weighted_rows("target", target, target_where, 1)

@@ -1,6 +1,6 @@
 """The discrepancy as other libraries compute it, to compare numbers with them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def mmd_preset(
         Gretton et al., "A Kernel Two-Sample Test", JMLR 13, 2012, sec. 2; the constants
         are read off the libraries' values.
     """
-    masks = {"source_where": source_where, "target_where": target_where}
+    masks: dict[str, Any] = {"source_where": source_where, "target_where": target_where}
     if preset in ("xlearn", "deepda"):
         return maximum_mean_discrepancy(source, target, **masks)
     if preset == "domainbed":

@@ -8,12 +8,14 @@ from jaxtransfer.ops.kernels import (
 )
 from jaxtransfer.ops.pairwise import gaussian_kernel_sums
 from jaxtransfer.ops.patches import conv, max_pool
+from jaxtransfer.ops.pooling import adaptive_average_pool
 from jaxtransfer.ops.ramps import cosine, dann, linear, progress
 from jaxtransfer.ops.reversal import gradient_reversal
 from jaxtransfer.ops.shuffle import shuffled
 from jaxtransfer.ops.varying import vary, varying_axes
 
 __all__ = [
+    "adaptive_average_pool",
     "chunked_mean",
     "conv",
     "cosine",

@@ -18,7 +18,7 @@ PUBLIC = {
 # no array, the function or the progress that it maps.
 DATA = re.compile(
     r"(\w+_)?(logits|features|maps|embeddings|layers|attention|hidden|values)"
-    r"|predictions|probabilities|source|params|state|classes|inputs"
+    r"|scale|predictions|probabilities|source|params|state|classes|inputs"
     r"|x|fn|progress|step|key|tree"
 )
 # Plain arithmetic, of no paper. All others say which paper and where in it.
@@ -115,6 +115,7 @@ WITHOUT_MASK = {
     "l1_sp",
     "l2",
     "l2_sp",
+    "overhaul_margin",
     "synaptic_importance",
     "update_synaptic_intelligence",
 }

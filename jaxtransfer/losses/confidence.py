@@ -1,0 +1,386 @@
+"""Losses of predictions on unlabelled data: how sure, how varied, how consistent."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.typing import AnyArray
+
+
+def entropy(
+    logits: Float[AnyArray, "*batch classes"],
+    *,
+    where: Bool[AnyArray, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Entropy of softmax predictions, per example; TENT and entropy minimisation.
+
+    ``-sum_c p_c log p_c`` with ``p = softmax(z)``, exact: no constant in the logarithm.
+
+    Args:
+        logits: [..., classes], finite.
+        where: Which examples count [...]; the others give 0 and no gradient.
+
+    Returns:
+        Entropies [...] in [0, log(classes)] nats, float32 or wider.
+
+    Raises:
+        ValueError: If there is no axis of classes, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(f"{float(entropy(jnp.zeros(2))):.4f}")
+        0.6931
+
+    Reference:
+        Grandvalet and Bengio, "Semi-supervised Learning by Entropy Minimization",
+        NeurIPS 2004, sec. 2; Wang et al., "Tent: Fully Test-Time Adaptation by Entropy
+        Minimization", ICLR 2021, sec. 3.
+    """
+    logits, where = _given(logits, where)
+    log_p = jax.nn.log_softmax(logits)
+    values = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return values if where is None else jnp.where(where, values, 0.0)
+
+
+def diversity(
+    logits: Float[AnyArray, "*batch classes"],
+    *,
+    where: Bool[AnyArray, "*batch"] | None = None,
+) -> Float[Array, ""]:
+    """Negative entropy of the mean prediction: least when all classes are predicted.
+
+    ``sum_c q_c log q_c`` with ``q = mean_i softmax(z_i)``, in log space.
+
+    Args:
+        logits: [..., classes], finite.
+        where: Which examples count [...]; default all.
+
+    Returns:
+        Scalar in [-log(classes), 0] nats, float32 or wider; 0 if no example counts.
+
+    Raises:
+        ValueError: If there is no axis of classes, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(f"{float(diversity(jnp.array([[9.0, 0.0], [0.0, 9.0]]))):.4f}")
+        -0.6931
+
+    Reference:
+        Krause, Perona and Gomes, "Discriminative Clustering by Regularized Information
+        Maximization", NeurIPS 2010, sec. 2.
+    """
+    logits, where = _given(logits, where)
+    log_p = jax.nn.log_softmax(logits).reshape(-1, logits.shape[-1])
+    weights = jnp.ones(len(log_p)) if where is None else where.reshape(-1)
+    weights = weights.astype(log_p.dtype)
+    count = jnp.sum(weights)
+    log_q = jax.nn.logsumexp(log_p, axis=0, b=weights[:, None])
+    log_q = jnp.where(count > 0, log_q, 0.0) - jnp.log(jnp.maximum(count, 1.0))
+    value = jnp.sum(jnp.exp(log_q) * log_q)
+    return jnp.where(count > 0, value, 0.0)
+
+
+def information_maximization(
+    logits: Float[AnyArray, "*batch classes"],
+    *,
+    where: Bool[AnyArray, "*batch"] | None = None,
+) -> Float[Array, ""]:
+    """Information maximisation (IM, SHOT): sure of each example, varied over all.
+
+    Mean `entropy` plus `diversity`: the negative mutual information of example and
+    prediction.
+
+    Args:
+        logits: [..., classes], finite.
+        where: Which examples count [...]; default all.
+
+    Returns:
+        Scalar in [-log(classes), 0] nats, float32 or wider; 0 if no example counts.
+
+    Raises:
+        ValueError: If there is no axis of classes, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> logits = jnp.array([[99.0, 0.0], [0.0, 99.0]])
+        >>> print(f"{float(information_maximization(logits)):.4f}")
+        -0.6931
+
+    Reference:
+        Liang, Hu and Feng, "Do We Really Need to Access the Source Data? Source
+        Hypothesis Transfer for Unsupervised Domain Adaptation", ICML 2020, eq. 3.
+        Deviation: exact logarithms; the authors' code adds 1e-5 inside.
+    """
+    values = entropy(logits, where=where)
+    count = values.size if where is None else jnp.sum(where)
+    return jnp.sum(values) / jnp.maximum(count, 1) + diversity(logits, where=where)
+
+
+def minimum_class_confusion(
+    logits: Float[AnyArray, "batch classes"],
+    *,
+    temperature: float | Float[AnyArray, ""] = 2.5,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Minimum class confusion (MCC): how often two classes are predicted together.
+
+    With ``p_i = softmax(z_i / T)``, ``w_i`` proportional to ``1 + exp(-H(p_i))`` with
+    mean 1, and ``M = sum_i w_i p_i p_i'``, every row divided by its sum: the sum of M
+    off its diagonal, divided by the number of classes. The weights are constants of
+    the gradient.
+
+    Args:
+        logits: [batch, classes], finite.
+        temperature: T, positive.
+        where: Which examples count [batch]; default all.
+
+    Returns:
+        Scalar in [0, 1), float32 or wider; 0 if no example counts.
+
+    Raises:
+        ValueError: If the logits are no matrix, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> print(f"{float(minimum_class_confusion(jnp.zeros((3, 4)))):.4f}")
+        0.7500
+
+    Reference:
+        Jin et al., "Minimum Class Confusion for Versatile Domain Adaptation", ECCV
+        2020, sec. 3. Deviation: a class that no example predicts adds nothing.
+    """
+    logits, where = _given(logits, where)
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [batch, classes], got shape {logits.shape}.")
+    log_p = jax.nn.log_softmax(logits / temperature)
+    p = jnp.exp(log_p)
+    weights = jax.lax.stop_gradient(1.0 + jnp.exp(jnp.sum(p * log_p, axis=1)))
+    if where is not None:
+        weights = jnp.where(where, weights, 0.0)
+    count = jnp.asarray(len(p) if where is None else jnp.sum(where), p.dtype)
+    total = jnp.sum(weights)
+    weights = weights * count / jnp.where(total > 0, total, 1.0)
+    confusion = jnp.matmul(
+        (weights[:, None] * p).T, p, precision=jax.lax.Precision.HIGHEST
+    )
+    sums = jnp.sum(confusion, axis=1)
+    off = confusion * (1.0 - jnp.eye(len(sums), dtype=p.dtype))
+    shares = jnp.sum(off, axis=1) / jnp.where(sums > 0, sums, 1.0)
+    return jnp.mean(shares)
+
+
+def pseudo_label(
+    logits: Float[AnyArray, "*batch classes"],
+    labelling_logits: Float[AnyArray, "*batch classes"],
+    *,
+    threshold: float | Float[AnyArray, ""] = 0.95,
+    where: Bool[AnyArray, "*batch"] | None = None,
+) -> Float[Array, "*batch"]:
+    """Pseudo-label loss (FixMatch): cross-entropy against sure predictions of others.
+
+    ``1[max_c p_c >= t] * -log softmax(z)_{argmax_c p_c}`` with p the softmax of the
+    logits that label: of a weakly changed copy of the input (FixMatch), of an averaged
+    network (mean teacher), or the same logits (pseudo-label).
+
+    Args:
+        logits: [..., classes], finite; of the strongly changed copy.
+        labelling_logits: [..., classes], finite; no gradient flows into them.
+        threshold: t in [0, 1]; examples below it give 0. Adaptation uses 0.9.
+        where: Which examples count [...]; the others give 0 and no gradient.
+
+    Returns:
+        Losses [...], float32 or wider. Their plain mean, over the unsure too, is
+        FixMatch's.
+
+    Raises:
+        ValueError: If the shapes differ, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> sure = jnp.array([[0.0, 9.0], [0.0, 0.1]])
+        >>> print([f"{v:.4f}" for v in pseudo_label(jnp.zeros((2, 2)), sure).tolist()])
+        ['0.6931', '0.0000']
+
+    Reference:
+        Sohn et al., "FixMatch: Simplifying Semi-Supervised Learning with Consistency
+        and Confidence", NeurIPS 2020, eq. 4.
+    """
+    logits, where = _given(logits, where)
+    labelling, _ = _given(labelling_logits, where)
+    if logits.shape != labelling.shape:
+        raise ValueError(
+            "logits and labelling_logits must have the same shape, got "
+            f"{logits.shape} and {labelling.shape}."
+        )
+    labelling = jax.lax.stop_gradient(labelling)
+    sure = jnp.max(jax.nn.softmax(labelling), axis=-1) >= threshold
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.argmax(labelling, axis=-1)
+    )
+    return jnp.where(sure if where is None else sure & where, losses, 0.0)
+
+
+def virtual_adversarial(
+    inputs: Float[AnyArray, "batch ..."],
+    apply: Callable[[Any], Float[Array, "batch classes"]],
+    *,
+    key: Array | None = None,
+    radius: float | Float[AnyArray, ""] = 1.0,
+    probe: float = 1e-2,
+    iterations: int = 1,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """Virtual adversarial training (VAT): how far the worst small change moves p.
+
+    ``KL(p(x) || p(x + r d))`` for the unit direction d that moves the prediction most,
+    found by power iteration from a random one: ``d <- g / |g|`` with g the gradient of
+    ``KL(p(x) || p(x + e d))`` by d. ``p(x)`` and d are constants of the gradient.
+
+    Args:
+        inputs: [batch, ...].
+        apply: Inputs to logits [batch, classes], without randomness of its own (or with
+            a fixed key); what it differentiates is closed over.
+        key: Typed key of the first direction; default ``jax.random.key(0)``.
+        radius: r, in the inputs' own units.
+        probe: e, positive, small.
+        iterations: Power iterations, at least 1.
+        where: Which examples count [batch]; the others give 0.
+
+    Returns:
+        Losses [batch], not negative up to rounding, float32 or wider.
+
+    Raises:
+        ValueError: If ``iterations`` is below 1, the logits are no matrix of the batch,
+            or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[1.0, 2.0]])
+        >>> loss = virtual_adversarial(x, lambda x: x @ jnp.ones((2, 3)))
+        >>> print(f"{float(loss[0]):.4f}")
+        0.0000
+
+    Reference:
+        Miyato et al., "Virtual Adversarial Training: A Regularization Method for
+        Supervised and Semi-Supervised Learning", IEEE TPAMI 41, 2019, sec. 3.3.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}.")
+    inputs = widen(inputs)
+    if where is not None:
+        where = check_mask("where", where, inputs.shape[:1])
+        inputs = jnp.where(_like(where, inputs), inputs, 0.0)
+    logits = widen(apply(inputs))
+    if logits.ndim != 2 or len(logits) != len(inputs):
+        raise ValueError(
+            f"apply must return [batch, classes] for {len(inputs)} inputs, got shape "
+            f"{logits.shape}."
+        )
+    held = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
+
+    def divergence(change):
+        moved = jax.nn.log_softmax(widen(apply(inputs + change)))
+        return jnp.sum(jnp.exp(held) * (held - moved), axis=-1)
+
+    key = jax.random.key(0) if key is None else key
+    direction = _unit(jax.random.normal(key, inputs.shape, inputs.dtype))
+    for _ in range(iterations):
+        slope = jax.grad(lambda change: jnp.sum(divergence(change)))(probe * direction)
+        direction = _unit(slope)
+    values = divergence(radius * jax.lax.stop_gradient(direction))
+    return values if where is None else jnp.where(where, values, 0.0)
+
+
+def centroid_pseudo_labels(
+    features: Float[AnyArray, "batch features"],
+    logits: Float[AnyArray, "batch classes"],
+    *,
+    rounds: int = 1,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Int[Array, " batch"]:
+    """Pseudo-labels by the nearest class centroid in angle (SHOT).
+
+    Centroids ``c_k = sum_i p_ik f_i / sum_i p_ik`` of the features, extended by a 1 and
+    of length 1; every example takes the centroid with the largest cosine, then the
+    centroids are those of the labels, ``rounds`` times over.
+
+    Args:
+        features: [batch, features], best of all target data at once.
+        logits: Predictions [batch, classes].
+        rounds: How often centroids are computed again from hard labels.
+        where: Which examples make the centroids [batch]; all are labelled.
+
+    Returns:
+        Labels [batch]; a class without any example is never chosen.
+
+    Raises:
+        ValueError: If the inputs are no matrices with equal rows, or ``where`` does not
+            fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> features = jnp.array([[4.0, 0.0], [3.0, 1.0], [0.0, 4.0]])
+        >>> logits = jnp.array([[2.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
+        >>> centroid_pseudo_labels(features, logits).tolist()
+        [0, 0, 1]
+
+    Reference:
+        Liang, Hu and Feng, "Do We Really Need to Access the Source Data? Source
+        Hypothesis Transfer for Unsupervised Domain Adaptation", ICML 2020, eqs. 5-6.
+    """
+    features, logits = widen(features), widen(logits)
+    if features.ndim != 2 or logits.ndim != 2 or len(features) != len(logits):
+        raise ValueError(
+            "features and logits must be matrices with the same rows, got shapes "
+            f"{features.shape} and {logits.shape}."
+        )
+    counts = jnp.ones(len(features), features.dtype)
+    if where is not None:
+        where = check_mask("where", where, features.shape[:1])
+        counts = where.astype(features.dtype)
+        features = jnp.where(where[:, None], features, 0.0)
+        logits = jnp.where(where[:, None], logits, 0.0)
+    extended = _unit(jnp.pad(features, ((0, 0), (0, 1)), constant_values=1.0))
+    weights = jax.nn.softmax(logits)
+    labels = jnp.argmax(logits, axis=1)
+    for _ in range(rounds + 1):
+        weights = weights * counts[:, None]
+        total = jnp.sum(weights, axis=0)
+        centroids = _unit(
+            jnp.matmul(weights.T, extended, precision=jax.lax.Precision.HIGHEST)
+        )
+        cosines = jnp.matmul(extended, centroids.T, precision=jax.lax.Precision.HIGHEST)
+        labels = jnp.argmax(jnp.where(total > 0, cosines, -jnp.inf), axis=1)
+        weights = jax.nn.one_hot(labels, logits.shape[1], dtype=features.dtype)
+    return labels
+
+
+def _given(logits, where):
+    """Logits widened, 0 where masked, and the mask."""
+    logits = widen(logits)
+    if logits.ndim < 1:
+        raise ValueError("logits must be [..., classes], got a scalar.")
+    if where is not None:
+        where = check_mask("where", where, logits.shape[:-1])
+        logits = jnp.where(where[..., None], logits, 0.0)
+    return logits, where
+
+
+def _like(where, values):
+    return where.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _unit(values):
+    """Every example scaled to length 1; 0 stays 0, without a gradient."""
+    axes = tuple(range(1, values.ndim))
+    # By the largest first: squares of tiny slopes would vanish.
+    largest = jnp.max(jnp.abs(values), axis=axes, keepdims=True, initial=0.0)
+    scaled = values / jnp.where(largest > 0, largest, 1.0)
+    squares = jnp.sum(scaled**2, axis=axes, keepdims=True)
+    return scaled / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))

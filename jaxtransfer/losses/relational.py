@@ -1,0 +1,499 @@
+"""Distillation of relations: between the examples of a batch, between channels."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.ops.kernels import self_squared_distances
+from jaxtransfer.typing import AnyArray
+
+
+def similarity_preserving(
+    student_features: Float[AnyArray, "batch ..."],
+    teacher_features: Float[AnyArray, "batch ..."],
+    *,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Similarity-preserving distillation (SP): alike pairs of examples stay alike.
+
+    ``|G_t - G_s|_F^2 / batch^2`` with G the matrix of inner products ``F F'`` of the
+    flattened features, every row scaled to length 1.
+
+    Args:
+        student_features: [batch, ...]; any shape, not the teacher's.
+        teacher_features: [batch, ...]; no gradient flows into them.
+        where: Which examples count [batch]; default all.
+
+    Returns:
+        Scalar, not negative, float32 or wider. The paper's weight is 3000.
+
+    Raises:
+        ValueError: If the numbers of examples differ, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> features = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> float(similarity_preserving(features, 2.0 * features))
+        0.0
+
+    Reference:
+        Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019,
+        eqs. 1-4.
+    """
+    student, teacher, counts = _pair(student_features, teacher_features, where)
+    grams = [_unit(_product(rows, rows.T), axis=1) for rows in (student, teacher)]
+    total = jnp.maximum(jnp.sum(counts), 1.0)
+    return jnp.sum((grams[0] - grams[1]) ** 2) / total**2
+
+
+def correlation_congruence(
+    student_embeddings: Float[AnyArray, "batch features"],
+    teacher_embeddings: Float[AnyArray, "batch _"],
+    *,
+    form: Literal["paper", "code"] = "paper",
+    gamma: float = 0.4,
+    order: int = 2,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Correlation congruence (CC, CCKD): the correlations of a batch, kept.
+
+    Form "paper": ``|K_s - K_t|_F^2 / batch^2`` under the Taylor expansion of a
+    Gaussian kernel on unit vectors, ``K(x, y) = exp(-2 g) sum_{p <= P} (2 g)^p / p!
+    (x.y)^p``. Form "code", as in a much used implementation: with ``d = |e_s - e_t|``
+    by coordinate, the mean of ``d_i . d_{i+1}`` over adjacent examples.
+
+    Args:
+        student_embeddings: [batch, features]; of the teacher's width for "code".
+        teacher_embeddings: [batch, features]; no gradient flows into them.
+        form: Which of the two, which are different losses.
+        gamma: g, of the paper's form.
+        order: P, of the paper's form.
+        where: Which examples count [batch]; default all.
+
+    Returns:
+        Scalar, not negative, float32 or wider; 0 if too few examples count.
+
+    Raises:
+        ValueError: If ``form`` is unknown, shapes do not match, or ``where`` does not
+            fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> float(correlation_congruence(rows, rows))
+        0.0
+
+    Reference:
+        Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019,
+        sec. 3; form "code": the library of Tian et al., 2020.
+    """
+    student, teacher, counts = _pair(student_embeddings, teacher_embeddings, where)
+    if form == "code":
+        if student.shape != teacher.shape:
+            raise ValueError(
+                'form "code" needs embeddings of one width, got shapes '
+                f"{student.shape} and {teacher.shape}; embed both linearly first."
+            )
+        return _adjacent(_absolute(student - teacher), counts)
+    if form != "paper":
+        raise ValueError(f'form must be "paper" or "code", got {form!r}.')
+
+    def kernel(rows):
+        rows = _unit(rows, axis=1)
+        cosines = _product(rows, rows.T)
+        term, total = jnp.ones_like(cosines), jnp.ones_like(cosines)
+        for p in range(1, order + 1):
+            term = term * (2.0 * gamma / p) * cosines
+            total = total + term
+        return jnp.exp(-2.0 * gamma) * total
+
+    pairs = counts[:, None] * counts
+    difference = kernel(student) - kernel(teacher)
+    return jnp.sum(pairs * difference**2) / jnp.maximum(jnp.sum(counts), 1.0) ** 2
+
+
+def relational_distance(
+    student_embeddings: Float[AnyArray, "batch features"],
+    teacher_embeddings: Float[AnyArray, "batch _"],
+    *,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Distance-wise relational distillation (RKD-D): distances up to their scale.
+
+    Mean over all pairs of the Huber loss between the distances of the student and of
+    the teacher, each divided by the mean of its positive ones.
+
+    Args:
+        student_embeddings: [batch, features].
+        teacher_embeddings: [batch, features], of any width; no gradient flows there.
+        where: Which examples count [batch]; default all.
+
+    Returns:
+        Scalar, not negative, float32 or wider; 0 if no example counts.
+
+    Raises:
+        ValueError: If the numbers of examples differ, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([[0.0], [1.0], [3.0]])
+        >>> print(f"{abs(float(relational_distance(rows, 2.0 * rows))):.4f}")
+        0.0000
+
+    Reference:
+        Park et al., "Relational Knowledge Distillation", CVPR 2019, eqs. 5-7.
+    """
+    student, teacher, counts = _pair(student_embeddings, teacher_embeddings, where)
+    pairs = counts[:, None] * counts
+    scaled = [_scaled_distances(rows, pairs) for rows in (student, teacher)]
+    losses = pairs * optax.losses.huber_loss(*scaled)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(pairs), 1.0)
+
+
+def relational_angle(
+    student_embeddings: Float[AnyArray, "batch features"],
+    teacher_embeddings: Float[AnyArray, "batch _"],
+    *,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Angle-wise relational distillation (RKD-A): the angles of all triplets.
+
+    Mean over i, j, k of the Huber loss between the cosines ``<v_ij, v_ik>``, with
+    ``v_ij = (e_i - e_j) / |e_i - e_j|`` and 0 for equal examples.
+
+    Args:
+        student_embeddings: [batch, features].
+        teacher_embeddings: [batch, features], of any width; no gradient flows there.
+        where: Which examples count [batch]; default all.
+
+    Returns:
+        Scalar, not negative, float32 or wider; 0 if no example counts. Memory is
+        O(batch^3), without the features.
+
+    Raises:
+        ValueError: If the numbers of examples differ, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> print(f"{abs(float(relational_angle(rows, 2.0 * rows))):.4f}")
+        0.0000
+
+    Reference:
+        Park et al., "Relational Knowledge Distillation", CVPR 2019, eqs. 8-10.
+    """
+    student, teacher, counts = _pair(student_embeddings, teacher_embeddings, where)
+    angles = [_angles(rows) for rows in (student, teacher)]
+    by_place = jnp.einsum(
+        "ijk,j,k->i", optax.losses.huber_loss(*angles), counts, counts
+    )
+    return (counts @ by_place) / jnp.maximum(jnp.sum(counts), 1.0) ** 3
+
+
+def relational_knowledge_distillation(
+    student_embeddings: Float[AnyArray, "batch features"],
+    teacher_embeddings: Float[AnyArray, "batch _"],
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Relational knowledge distillation (RKD): distances and angles together.
+
+    ``w_d RKD-D + w_a RKD-A``; see `relational_distance` and `relational_angle`. A
+    weight of 0 leaves its part out.
+
+    Args:
+        student_embeddings: [batch, features].
+        teacher_embeddings: [batch, features], of any width; no gradient flows there.
+        distance_weight: w_d; 25 for classification, 1 in the authors' metric learning.
+        angle_weight: w_a; 50 for classification, 2 in the authors' metric learning.
+        where: Which examples count [batch]; default all.
+
+    Returns:
+        Scalar, not negative, float32 or wider.
+
+    Raises:
+        ValueError: If the numbers of examples differ, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> loss = relational_knowledge_distillation(rows, 2.0 * rows)
+        >>> print(f"{abs(float(loss)):.4f}")
+        0.0000
+
+    Reference:
+        Park et al., "Relational Knowledge Distillation", CVPR 2019, sec. 3.
+    """
+    pair = (student_embeddings, teacher_embeddings)
+    total: Any = 0.0
+    if distance_weight:
+        total = distance_weight * relational_distance(*pair, where=where)
+    if angle_weight:
+        total = total + angle_weight * relational_angle(*pair, where=where)
+    return jnp.asarray(total, jnp.promote_types(jnp.result_type(total), jnp.float32))
+
+
+def probabilistic_knowledge_transfer(
+    student_embeddings: Float[AnyArray, "batch features"],
+    teacher_embeddings: Float[AnyArray, "batch _"],
+    *,
+    epsilon: float = 1e-7,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Probabilistic knowledge transfer (PKT): who is likely to be whose neighbour.
+
+    ``mean_ij P_t log((P_t + e) / (P_s + e))`` with P the similarities
+    ``(cos(x_i, x_j) + 1) / 2``, every row divided by its sum.
+
+    Args:
+        student_embeddings: [batch, features].
+        teacher_embeddings: [batch, features], of any width; no gradient flows there.
+        epsilon: e, also added to the lengths in the cosines.
+        where: Which examples count [batch]; default all.
+
+    Returns:
+        Scalar, float32 or wider; 0 if no example counts. The mean over batch^2 pairs
+        makes it small: the authors' weight is 30000.
+
+    Raises:
+        ValueError: If the numbers of examples differ, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> rows = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+        >>> print(f"{abs(float(probabilistic_knowledge_transfer(rows, rows))):.4f}")
+        0.0000
+
+    Reference:
+        Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge
+        Transfer", ECCV 2018, sec. 3.
+    """
+    student, teacher, counts = _pair(student_embeddings, teacher_embeddings, where)
+    pairs = counts[:, None] * counts
+
+    def neighbours(rows):
+        lengths = _length(rows, axis=1)
+        rows = rows / (lengths + epsilon)
+        similar = pairs * (_product(rows, rows.T) + 1.0) / 2.0
+        total = jnp.sum(similar, axis=1, keepdims=True)
+        return similar / jnp.where(total > 0, total, 1.0)
+
+    p, q = neighbours(teacher), neighbours(student)
+    losses = p * jnp.log((p + epsilon) / (q + epsilon))
+    return jnp.sum(pairs * losses) / jnp.maximum(jnp.sum(counts), 1.0) ** 2
+
+
+def flow_of_solution_procedure(
+    student_maps: Float[AnyArray, "batch height width first"],
+    student_next_maps: Float[AnyArray, "batch height width second"],
+    teacher_maps: Float[AnyArray, "batch height2 width2 first"],
+    teacher_next_maps: Float[AnyArray, "batch height2 width2 second"],
+    *,
+    form: Literal["paper", "norms"] = "paper",
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """Flow of solution procedure (FSP): how one stage's channels lead to the next's.
+
+    With ``G = A' B / (height width)`` [first, second] of two stages' maps: form
+    "paper" gives the mean squared difference of the student's G to the teacher's per
+    example, form "norms" the sum over the second stage's channels of the lengths of
+    the differences' columns.
+
+    Args:
+        student_maps: First stage's maps [batch, height, width, channels].
+        student_next_maps: Second stage's, of the same height and width: pool the
+            larger (`jaxtransfer.ops.adaptive_average_pool`).
+        teacher_maps: As the student's in channels; height and width are free. No
+            gradient flows into the teacher's.
+        teacher_next_maps: Likewise.
+        form: Which of the two.
+        where: Which examples count [batch]; the others give 0 and no gradient.
+
+    Returns:
+        Losses [batch], not negative, float32 or wider.
+
+    Raises:
+        ValueError: If ``form`` is unknown, shapes do not match, or ``where`` does not
+            fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> a, b = jnp.ones((1, 2, 2, 3)), jnp.ones((1, 2, 2, 4))
+        >>> flow_of_solution_procedure(a, b, 2.0 * a, b).tolist()
+        [1.0]
+
+    Reference:
+        Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network
+        Minimization and Transfer Learning", CVPR 2017, eqs. 1-2. Deviation: the mean
+        over the entries of G in place of their sum.
+    """
+    if form not in ("paper", "norms"):
+        raise ValueError(f'form must be "paper" or "norms", got {form!r}.')
+    student = _flow("student", student_maps, student_next_maps, where)
+    teacher = _flow("teacher", teacher_maps, teacher_next_maps, where)
+    if student.shape != teacher.shape:
+        raise ValueError(
+            "student and teacher must have the same channels in both stages, got "
+            f"matrices of shapes {student.shape} and {teacher.shape}; bridge the "
+            "student's with 1 x 1 convolutions."
+        )
+    difference = student - jax.lax.stop_gradient(teacher)
+    if form == "norms":
+        return jnp.sum(_length(difference, axis=1), axis=(1, 2))
+    return jnp.mean(difference**2, axis=(1, 2))
+
+
+def neuron_selectivity_transfer(
+    student_maps: Float[AnyArray, "batch height width _"],
+    teacher_maps: Float[AnyArray, "batch height width _"],
+    *,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """Neuron selectivity transfer (NST): where in the image the channels respond.
+
+    The biased maximum mean discrepancy between the channels of student and teacher,
+    each a map scaled to length 1, under the kernel ``k(x, y) = (x . y)^2``.
+
+    Args:
+        student_maps: [batch, height, width, channels].
+        teacher_maps: Of the same height and width; channels are free. No gradient
+            flows into them.
+        where: Which examples count [batch]; the others give 0 and no gradient.
+
+    Returns:
+        Losses [batch], not negative up to rounding, float32 or wider.
+
+    Raises:
+        ValueError: If batch, height or width differ, or ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
+        >>> print(f"{abs(float(neuron_selectivity_transfer(maps, 3.0 * maps)[0])):.4f}")
+        0.0000
+
+    Reference:
+        Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity
+        Transfer", 2017, sec. 4.
+    """
+    student = _places(student_maps, where)
+    teacher = jax.lax.stop_gradient(_places(teacher_maps, where))
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            "student_maps and teacher_maps must agree in batch, height and width, got "
+            f"shapes {jnp.shape(student_maps)} and {jnp.shape(teacher_maps)}; pool the "
+            "larger."
+        )
+    s, t = _unit(student, axis=1), _unit(teacher, axis=1)
+
+    def mean(a, b):
+        inner = jnp.einsum("bpc,bpd->bcd", a, b, precision=jax.lax.Precision.HIGHEST)
+        return jnp.mean(inner**2, axis=(1, 2))
+
+    return mean(t, t) + mean(s, s) - 2.0 * mean(s, t)
+
+
+def _pair(student, teacher, where):
+    """Both flattened to rows, 0 where masked; the target held; weights 0 or 1."""
+    student, teacher = widen(student), jax.lax.stop_gradient(widen(teacher))
+    if student.ndim < 2 or teacher.ndim < 2 or len(student) != len(teacher):
+        raise ValueError(
+            "student and teacher must be [batch, ...] of the same examples, got shapes "
+            f"{student.shape} and {teacher.shape}."
+        )
+    rows = [values.reshape(len(values), -1) for values in (student, teacher)]
+    if where is None:
+        return *rows, jnp.ones(len(student), student.dtype)
+    where = check_mask("where", where, student.shape[:1])
+    rows = [jnp.where(where[:, None], values, 0.0) for values in rows]
+    return *rows, where.astype(student.dtype)
+
+
+def _places(maps, where):
+    """Maps as [batch, places, channels], 0 where masked."""
+    maps = widen(maps)
+    if maps.ndim != 4:
+        raise ValueError(
+            f"maps must be [batch, height, width, channels], got shape {maps.shape}."
+        )
+    if where is not None:
+        where = check_mask("where", where, maps.shape[:1])
+        maps = jnp.where(where[:, None, None, None], maps, 0.0)
+    return maps.reshape(len(maps), -1, maps.shape[-1])
+
+
+def _flow(name, first, second, where):
+    first, second = _places(first, where), _places(second, where)
+    if first.shape[:2] != second.shape[:2]:
+        raise ValueError(
+            f"the two stages of the {name} must agree in batch, height and width, got "
+            f"{first.shape[:2]} and {second.shape[:2]} (batch, places); pool the "
+            "larger."
+        )
+    product = jnp.einsum(
+        "bpc,bpd->bcd", first, second, precision=jax.lax.Precision.HIGHEST
+    )
+    return product / first.shape[1]
+
+
+def _adjacent(difference, counts):
+    """Mean of d_i . d_{i+1} over adjacent examples that count, in their order."""
+    order = jnp.argsort(1.0 - counts)  # stable: those that count come first
+    d, counts = difference[order], counts[order]
+    pairs = counts[:-1] * counts[1:]
+    total = jnp.sum(pairs * jnp.sum(d[:-1] * d[1:], axis=1))
+    return total / jnp.maximum(jnp.sum(pairs), 1.0)
+
+
+def _absolute(values):
+    """Absolute values with slope 0 at 0."""
+    return jnp.where(values == 0, 0.0, jnp.abs(values))
+
+
+def _scaled_distances(rows, pairs):
+    """Distances divided by the mean of the positive ones, with a finite gradient."""
+    squares = self_squared_distances(rows) * pairs
+    # Rows that are equal but for rounding have no direction to move apart in.
+    floor = 1e-12
+    positive = squares > floor
+    distances = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+    count = jnp.sum(positive)
+    mean = jnp.sum(distances) / jnp.maximum(count, 1)
+    return distances / jnp.where(count > 0, mean, 1.0)
+
+
+def _angles(rows):
+    """Cosines [i, j, k] of the angles at i, from inner products alone."""
+    rows = rows - jax.lax.stop_gradient(jnp.mean(rows, axis=0))
+    gram = _product(rows, rows.T)
+    squares = self_squared_distances(rows)
+    positive = squares > 1e-12
+    inverse = jnp.where(
+        positive, 1.0 / jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0
+    )
+    own = jnp.diagonal(gram)
+    # (e_i - e_j) . (e_i - e_k)
+    inner = own[:, None, None] - gram[:, :, None] - gram[:, None, :] + gram
+    return inner * inverse[:, :, None] * inverse[:, None, :]
+
+
+def _length(values, axis):
+    """Lengths along an axis, kept; 0 has no gradient."""
+    squares = jnp.sum(values**2, axis=axis, keepdims=True)
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
+def _unit(values, axis):
+    lengths = _length(values, axis)
+    return values / jnp.where(lengths > 0, lengths, 1.0)
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,88 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtransfer.losses import factors, features
+from tests.losses.case import det
+
+
+def _maps(shape, seed):
+    """The golden maps, which are numbered with channels second."""
+    return np.moveaxis(det(shape, seed), 1, -1)
+
+
+STUDENT, TEACHER = _maps((8, 6, 4, 4), 3), _maps((8, 6, 4, 4), 4)
+FOUR, LARGE = _maps((8, 4, 4, 4), 5), _maps((8, 6, 8, 8), 6)
+LARGE_STUDENT = _maps((8, 6, 8, 8), 15)
+PAIR = (STUDENT, TEACHER)
+paper = functools.partial(factors.attention_transfer, form="paper")
+
+GOLDEN = {
+    "hint": (features.hint, PAIR, 0.643158132437, 0.05787730073),
+    "attention": (
+        factors.attention_transfer,
+        (FOUR, TEACHER),
+        0.0161126613445,
+        0.008028350089,
+    ),
+    "attention, pooled": (
+        factors.attention_transfer,
+        (FOUR, LARGE),
+        0.0221561580856,
+        0.00956517462,
+    ),
+    "attention, paper": (paper, (FOUR, TEACHER), 0.502280560226, 0.129223681),
+    "boundary": (
+        lambda s, t: 8 * features.activation_boundary(s, t),
+        PAIR,
+        1008.15968401,
+        63.50306084,
+    ),
+    "context": (
+        features.hierarchical_context,
+        (LARGE_STUDENT, LARGE),
+        0.393962730125,
+        0.01812649537,
+    ),
+    "context, small": (
+        features.hierarchical_context,
+        PAIR,
+        0.430186447908,
+        0.03973744185,
+    ),
+    "channels": (factors.channel_distillation, PAIR, 0.290765433696, 0.02755327649),
+    "pearson": (
+        factors.pearson_feature_distillation,
+        PAIR,
+        0.979426640599,
+        0.06332342584,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(float64, name):
+    loss, arrays, golden, length = GOLDEN[name]
+    value, gradient = jax.value_and_grad(lambda s, t: jnp.mean(loss(s, t)))(
+        *map(jnp.asarray, arrays)
+    )
+    np.testing.assert_allclose(value, golden, rtol=1e-9)
+    np.testing.assert_allclose(jnp.linalg.norm(gradient), length, rtol=1e-9)
+    narrow = [jnp.asarray(array, jnp.float32) for array in arrays]
+    np.testing.assert_allclose(jnp.mean(loss(*narrow)), golden, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias", "golden"),
+    [
+        (1.0, 0.0, -0.797884560803),
+        (0.5, 0.3, -0.307512880119),
+        (-2.0, -1.0, -2.018320867674),
+    ],
+)
+def test_margin_golden(float64, scale, bias, golden):
+    margin = features.overhaul_margin(jnp.array(scale), jnp.array(bias))
+    np.testing.assert_allclose(margin, golden, rtol=1e-9)

@@ -1,0 +1,128 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtransfer.losses import relational
+from tests.losses.case import det
+
+
+def _maps(shape, seed):
+    """The golden maps, which are numbered with channels second."""
+    return np.moveaxis(det(shape, seed), 1, -1)
+
+
+STUDENT, TEACHER = det((8, 12), 7), det((8, 20), 8)
+NARROW, WIDE = det((8, 12), 7), det((8, 12), 9)
+FOUR, SIX = _maps((8, 4, 4, 4), 5), _maps((8, 6, 4, 4), 4)
+
+
+def _mean(loss):
+    return lambda *arrays: jnp.mean(loss(*arrays))
+
+
+def _unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+GOLDEN = {
+    "similarity": (
+        relational.similarity_preserving,
+        (FOUR, SIX),
+        0.0231718005014,
+        0.01459585737,
+    ),
+    "congruence, code": (
+        functools.partial(relational.correlation_congruence, form="code"),
+        (NARROW, WIDE),
+        5.14805639742,
+        1.891992745,
+    ),
+    "congruence, paper": (
+        relational.correlation_congruence,
+        (_unit(NARROW), _unit(WIDE)),
+        0.022068513825902504,
+        None,
+    ),
+    "distance": (
+        relational.relational_distance,
+        (STUDENT, TEACHER),
+        0.23128393296 / 25,
+        None,
+    ),
+    "angle": (
+        relational.relational_angle,
+        (STUDENT, TEACHER),
+        0.612769253409 / 50,
+        None,
+    ),
+    "relational": (
+        relational.relational_knowledge_distillation,
+        (STUDENT, TEACHER),
+        0.844053186369,
+        0.8641234274,
+    ),
+    "neighbours": (
+        relational.probabilistic_knowledge_transfer,
+        (STUDENT, TEACHER),
+        0.00406542586043,
+        0.004036489437,
+    ),
+    "selectivity": (
+        _mean(relational.neuron_selectivity_transfer),
+        (FOUR, SIX),
+        0.360538929318,
+        0.04169225522,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(float64, name):
+    loss, arrays, golden, length = GOLDEN[name]
+    value, gradient = jax.value_and_grad(loss)(*map(jnp.asarray, arrays))
+    np.testing.assert_allclose(value, golden, rtol=1e-9)
+    if length is not None:
+        np.testing.assert_allclose(jnp.linalg.norm(gradient), length, rtol=1e-9)
+    narrow = [jnp.asarray(array, jnp.float32) for array in arrays]
+    np.testing.assert_allclose(loss(*narrow), golden, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("form", "golden"), [("paper", 0.0149514305256), ("norms", 1.43650092229)]
+)
+def test_flow_golden(float64, form, golden):
+    maps = [
+        _maps((8, 6, 4, 4), 3),
+        _maps((8, 5, 4, 4), 11),
+        _maps((8, 6, 4, 4), 4),
+        _maps((8, 5, 4, 4), 12),
+    ]
+    value = relational.flow_of_solution_procedure(*maps, form=form)
+    np.testing.assert_allclose(value.mean(), golden, rtol=1e-9)
+
+
+def test_a_weight_of_zero_leaves_its_part_out():
+    pair = jnp.asarray(STUDENT, jnp.float32), jnp.asarray(TEACHER, jnp.float32)
+    both = relational.relational_knowledge_distillation
+    distance = 3.0 * relational.relational_distance(*pair)
+    assert both(*pair, distance_weight=3.0, angle_weight=0.0) == distance
+    angle = 3.0 * relational.relational_angle(*pair)
+    assert both(*pair, distance_weight=0.0, angle_weight=3.0) == angle
+    assert both(*pair, distance_weight=0.0, angle_weight=0.0) == 0.0
+
+
+def test_says_what_is_wrong(types_unchecked):
+    with pytest.raises(ValueError, match="of the same examples"):
+        relational.similarity_preserving(jnp.ones((2, 3)), jnp.ones((3, 3)))
+    with pytest.raises(ValueError, match="needs embeddings of one width"):
+        relational.correlation_congruence(
+            jnp.ones((2, 3)), jnp.ones((2, 4)), form="code"
+        )
+    maps = jnp.ones((2, 4, 4, 3))
+    with pytest.raises(ValueError, match="two stages of the student must agree"):
+        relational.flow_of_solution_procedure(maps, maps[:, :2], maps, maps)
+    with pytest.raises(ValueError, match="must agree in batch, height and width"):
+        relational.neuron_selectivity_transfer(maps, maps[:, :2])
