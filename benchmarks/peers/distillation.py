@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from benchmarks.peers import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, Rows
+from benchmarks.peers import LABELS, STUDENT_LOGITS, TEACHER_LOGITS, Row, Rows
 from jaxtransfer import losses
 
 PAIR = (STUDENT_LOGITS, TEACHER_LOGITS)
@@ -97,4 +97,53 @@ def _weighted(student, teacher, labels, tau=2.0):
     return tau**2 * ((1 - torch.exp(-focal.detach())) * soft).mean()
 
 
-ROWS: Rows = {}
+ROWS: Rows = {
+    "knowledge_distillation": Row(
+        _mean(losses.knowledge_distillation), _distillation, PAIR, of="RepDistiller"
+    ),
+    "jensen_shannon": Row(
+        _mean(losses.knowledge_distillation, divergence="jensen_shannon"),
+        _jensen_shannon,
+        PAIR,
+        of="GKD in TRL",
+    ),
+    "decoupled_knowledge_distillation": Row(
+        _mean(losses.decoupled_knowledge_distillation),
+        _decoupled,
+        LABELLED,
+        of="mdistiller",
+    ),
+    "distillation_from_stronger_teacher": Row(
+        losses.distillation_from_stronger_teacher, _stronger, PAIR, of="mmrazor"
+    ),
+    "normalized_knowledge_distillation": Row(
+        _mean(losses.normalized_knowledge_distillation),
+        _normalized,
+        LABELLED,
+        of="cls_KD",
+    ),
+    "standardize_logits": Row(
+        lambda s, t: losses.mean(
+            losses.knowledge_distillation(
+                losses.standardize_logits(s),
+                losses.standardize_logits(t),
+                temperature=2.0,
+            )
+        ),
+        _standardized,
+        PAIR,
+        of="torchdistill",
+    ),
+    "top_k_knowledge_distillation": Row(
+        _mean(losses.top_k_knowledge_distillation, k=16, tail="bucket"),
+        _top_k,
+        PAIR,
+        of="MaxText",
+    ),
+    "weighted_soft_label_distillation": Row(
+        _mean(losses.weighted_soft_label_distillation),
+        _weighted,
+        LABELLED,
+        of="mmrazor",
+    ),
+}
