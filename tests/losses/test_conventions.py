@@ -117,6 +117,7 @@ WITHOUT_MASK = {
     "l2_sp",
     "overhaul_margin",
     "synaptic_importance",
+    "uniform_layers",
     "update_synaptic_intelligence",
 }
 
