@@ -15,8 +15,6 @@ from jaxtransfer.ops.pairwise import KernelSums, gaussian_kernel_sums
 from jaxtransfer.typing import AnyArray
 
 LEAST_ROWS = {"biased": 1, "unbiased": 2, "linear": 2, "block": 2}
-DENSE_ROWS = 1024
-"""Rows of both sets together up to which the matrix of all pairs is the faster way."""
 
 
 def maximum_mean_discrepancy(
@@ -197,8 +195,6 @@ def _kernel_sums(local, every, kernels, weights, axis_name):
     """The sums over distinct pairs, of the kernel less an offset, and the offset."""
     source, target, u, v = local
     every_source, every_target, p, q = every
-    if axis_name is None and len(source) + len(target) <= DENSE_ROWS:
-        return _all_pairs(source, target, u, v, kernels, weights), 0.0
     rows, counts = (
         jnp.concatenate([every_source, every_target]),
         jnp.concatenate([p, q]),
@@ -216,12 +212,6 @@ def _kernel_sums(local, every, kernels, weights, axis_name):
         axis_name=axis_name,
     )
     return sums, offset
-
-
-def _all_pairs(source, target, u, v, kernels, weights):
-    """The same sums by the matrix of all pairs: quicker for small sets."""
-    rows = jnp.concatenate([source, target])
-    return sums_of(kernel_of(squared_distances(rows, rows), kernels, weights), u, v)
 
 
 def sums_of(kernel, u, v):
@@ -256,7 +246,14 @@ def _by_blocks(given, kernels, weights, size):
         return rows[: count * size].reshape(count, size, *rows.shape[1:])
 
     def one(source, target, u, v):
-        sums = _all_pairs(source, target, u, v, kernels, weights)
+        sums = gaussian_kernel_sums(
+            source,
+            target,
+            bandwidths=kernels,
+            kernel_weights=weights,
+            x_weights=u,
+            y_weights=v,
+        )
         within = (sums.within_x + sums.within_y) / (size * (size - 1))
         # Without the pairs of equal places, so that the estimate is a U-statistic of
         # pairs (s_i, t_i).

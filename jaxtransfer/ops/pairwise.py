@@ -129,73 +129,107 @@ def _sums_backward(tile, axis_name, residuals, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _pass(tile, axis_name, with_slopes, x, y, u, v, bandwidths, kernel_weights, offset):
+def _pass(tile, axis_name, with_slopes, x, y, u, v, *kernel):
     """The three sums and, if asked for, their gradients by x and y, in one sweep."""
+    if axis_name is None and max(len(x), len(y)) <= tile:
+        return _at_once(with_slopes, x, y, u, v, kernel)
     # Short sets need no tile longer than they are.
     tile = min(tile, max(len(x), len(y), 1))
     rows, weights = (_padded(*pair, tile) for pair in ((x, y), (u, v)))
-    norms = jnp.sum(rows**2, axis=1)
-    order, count = _tiles(-(-len(x) // tile), -(-len(y) // tile), axis_name)
-    inverse = 1.0 / bandwidths
+    # A product of slopes with these gives their sums too, in the last column.
+    columns = weights[:, None] * jnp.pad(rows, ((0, 0), (0, 1)), constant_values=1.0)
 
     def cut(array, start):
         return jax.lax.dynamic_slice_in_dim(array, start * tile, tile)
 
-    def columns(start):
-        """Weighted rows and weights: a product with slopes gives their sums too."""
-        return (
-            jnp.pad(cut(rows, start), ((0, 0), (0, 1)), constant_values=1.0)
-            * (cut(weights, start)[:, None])
-        )
-
-    def step(carry, where):
+    def step(carry, where, of_one):
+        """One tile: of the pairs within one stretch of rows, or of two stretches."""
         totals, lost, slopes = carry
         p, q, kind, live = where
-        products = jnp.matmul(
-            cut(rows, p), cut(rows, q).T, precision=jax.lax.Precision.HIGHEST
-        )
-        distances = cut(norms, p)[:, None] + cut(norms, q) - 2.0 * products
-        distances = jnp.maximum(distances, 0.0)
-        diagonal = jnp.eye(tile, dtype=bool) & (p == q)
-        terms = [
-            w * jnp.exp(-distances * b)
-            for w, b in zip(kernel_weights, inverse, strict=True)
-        ]
-        kernel = jnp.where(diagonal, 0.0, sum(terms) - offset)
-        # Pairs within a set stand for both orders, but for the tile that has both.
-        twice = live * jnp.where((kind < 2) & (p != q), 2.0, 1.0)
-        value = twice * (cut(weights, p) @ (kernel @ cut(weights, q)))
+        both = (cut(rows, p), cut(rows, q)), (cut(weights, p), cut(weights, q))
+        value, slope = _tile(*both, kernel, of_one)
+        # Pairs within a set count in both orders: two stretches have one of them.
+        orders = jnp.where(kind < 2, 2.0, 1.0)
+        value = live * (1.0 if of_one else orders) * value
         totals, lost = _compensated(totals, lost, kind, value)
         if with_slopes:
-            slope = sum(term * b for term, b in zip(terms, inverse, strict=True))
-            # Every pair counts in both orders within a set, and only once between.
-            slope = -2.0 * live * jnp.where(kind < 2, 2.0, 1.0) * slope
-            mirrored = jnp.where(p != q, slope.T, 0.0)
+            slope = live * orders * slope
             plane = (kind == 2).astype(jnp.int32)
-            for at, one, other in ((p, slope, q), (q, mirrored, p)):
-                moved = jnp.matmul(
-                    one, columns(other), precision=jax.lax.Precision.HIGHEST
-                )
-                place = (plane, at * tile, jnp.zeros_like(plane))
-                before = jax.lax.dynamic_slice(slopes, place, (1, *moved.shape))
-                slopes = jax.lax.dynamic_update_slice(slopes, before + moved, place)
+            slopes = _added(slopes, plane, p * tile, _product(slope, cut(columns, q)))
+            if not of_one:
+                moved = _product(slope.T, cut(columns, p))
+                slopes = _added(slopes, plane, q * tile, moved)
         return (totals, lost, slopes), None
 
-    slopes = jnp.zeros(
-        (2, len(rows), x.shape[1] + 1) if with_slopes else (), rows.dtype
-    )
     zeros = jnp.zeros(3, rows.dtype)
-    start = vary((zeros, zeros, slopes), varying_axes((rows, order)))
-    (totals, lost, slopes), _ = jax.lax.scan(step, start, order, length=count)
+    slopes = jnp.zeros((2, *columns.shape) if with_slopes else (), rows.dtype)
+    carry = zeros, zeros, slopes
+    for of_one in (True, False):
+        order = _tiles(-(-len(x) // tile), -(-len(y) // tile), of_one, axis_name)
+        carry = vary(carry, varying_axes((rows, order)))
+        carry, _ = jax.lax.scan(functools.partial(step, of_one=of_one), carry, order)
+    totals, lost, slopes = carry
     totals = totals + lost
     if not with_slopes:
         return tuple(totals), None
-    moved, sums = slopes[..., :-1], slopes[..., -1:]
-    gradient = weights[:, None] * (sums * rows - moved)
+    gradient = weights[:, None] * (slopes[..., -1:] * rows - slopes[..., :-1])
     cut_y = (-(-len(x) // tile)) * tile
     own_x, cross_x = gradient[:, : len(x)]
     own_y, cross_y = gradient[:, cut_y : cut_y + len(y)]
     return tuple(totals), (own_x, own_y, cross_x, cross_y)
+
+
+def _at_once(with_slopes, x, y, u, v, kernel):
+    """The same of sets that are no longer than a tile: no loop, nothing padded."""
+    within_x, of_x = _tile((x, x), (u, u), kernel, True)
+    within_y, of_y = _tile((y, y), (v, v), kernel, True)
+    between, of_both = _tile((x, y), (u, v), kernel, False)
+    sums = within_x, within_y, between
+    if not with_slopes:
+        return sums, None
+
+    def gradient(slope, rows, others, u, v):
+        slope = u[:, None] * slope * v
+        return jnp.sum(slope, axis=1)[:, None] * rows - _product(slope, others)
+
+    return sums, (
+        gradient(2.0 * of_x, x, x, u, u),
+        gradient(2.0 * of_y, y, y, v, v),
+        gradient(of_both, x, y, u, v),
+        gradient(of_both.T, y, x, v, u),
+    )
+
+
+def _tile(rows, weights, kernel, of_one):
+    """Weighted sum of the kernel over pairs, and its slope by the rows' difference.
+
+    ``of_one``: both stretches are the same, whose rows make no pair with themselves.
+    """
+    bandwidths, kernel_weights, offset = kernel
+    first, second = rows
+    norms = jnp.sum(first**2, axis=1)[:, None] + jnp.sum(second**2, axis=1)
+    distances = jnp.maximum(norms - 2.0 * _product(first, second.T), 0.0)
+    inverse = 1.0 / bandwidths
+    terms = [
+        w * jnp.exp(-distances * b)
+        for w, b in zip(kernel_weights, inverse, strict=True)
+    ]
+    values = sum(terms) - offset
+    if of_one:
+        values = jnp.where(jnp.eye(len(first), dtype=bool), 0.0, values)
+    slope = -2.0 * sum(term * b for term, b in zip(terms, inverse, strict=True))
+    return weights[0] @ (values @ weights[1]), slope
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _added(array, plane, start, part):
+    """The array with a part added to rows of one of its two planes."""
+    place = plane, start, jnp.zeros_like(plane)
+    before = jax.lax.dynamic_slice(array, place, (1, *part.shape))
+    return jax.lax.dynamic_update_slice(array, before + part, place)
 
 
 def _padded(first, second, tile):
@@ -208,28 +242,28 @@ def _padded(first, second, tile):
     )
 
 
-def _tiles(of_x, of_y, axis_name):
+def _tiles(of_x, of_y, of_one, axis_name):
     """Which pairs of tiles there are: (p, q, kind, live), this device's share.
 
-    Kinds: 0 within x, 1 within y, 2 between; live is 0 for the last few that only
-    give every device the same number.
+    Those of equal p and q, or the others. Kinds: 0 within x, 1 within y, 2 between;
+    live is 0 for the last few that only give every device the same number.
     """
-    count = of_x + of_y
-    p, q = (index.astype(np.int32) for index in np.triu_indices(count))
+    p, q = (index.astype(np.int32) for index in np.triu_indices(of_x + of_y))
+    wanted = (p == q) == of_one
+    p, q = p[wanted], q[wanted]
     kind = np.where(q < of_x, 0, np.where(p >= of_x, 1, 2)).astype(np.int32)
     live = np.ones(len(p), np.float32)
     if axis_name is None:
-        return (p, q, kind, live), len(p)
+        return p, q, kind, live
     devices = jax.lax.axis_size(axis_name)
     each = -(-len(p) // devices)
     here = jax.lax.axis_index(axis_name)
-    share = tuple(
+    return tuple(
         jnp.asarray(np.pad(part, (0, each * devices - len(part)))).reshape(-1, devices)[
             :, here
         ]
         for part in (p, q, kind, live)
     )
-    return share, each
 
 
 def _compensated(totals, lost, kind, value):

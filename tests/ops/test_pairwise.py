@@ -55,7 +55,8 @@ def _tiled(tile, **options):
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "tile"), [(7, 5, 3), (10, 4, 4), (6, 6, 6), (3, 9, 512), (1, 1, 2)]
+    ("n", "m", "tile"),
+    [(7, 5, 3), (10, 4, 4), (3, 9, 4), (6, 6, 6), (3, 9, 512), (1, 1, 2)],
 )
 def test_value_and_gradient_are_those_of_all_pairs(float64, n, m, tile):
     arrays = [jnp.asarray(array) for array in _sets(n, m)]
