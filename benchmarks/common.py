@@ -22,6 +22,9 @@ def interleave(
 ) -> dict[str, float]:
     """Time candidates in turn, so that a noisy neighbour disturbs all alike.
 
+    Each runs twice in its turn and the second run counts: what the candidate before it
+    left in the caches, and threads of it that still spin, are no part of its time.
+
     Args:
         candidates: what to run, by name; each is run once before, to compile.
         rounds: how often each is timed.
@@ -34,6 +37,7 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
+            jax.block_until_ready(run())
             start = time.perf_counter()
             jax.block_until_ready(run())
             times[name].append(time.perf_counter() - start)

@@ -25,7 +25,7 @@ RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SMALL = ((64, 64, 512), (128, 128, 512), (256, 256, 512), (256, 256, 2048))
 LARGE = ((2048, 2048, 256), (4096, 4096, 256), (8192, 8192, 256))
 HUGE = (7207, 93070, 79)
-BROADCAST_LIMIT = 1e9
+BROADCAST_LIMIT = 5e7
 """Elements [pairs, features] up to which the broadcast form is tried."""
 
 
@@ -158,11 +158,9 @@ def main() -> None:
         calls = {
             key: make(form, size) for key, (make, form) in candidates(size).items()
         }
-        times = interleave(calls, rounds=30 if size in SMALL else 5)
+        times = interleave(calls, rounds=20 if size in SMALL else 5)
         seconds |= {f"{name}: {key}": value for key, value in times.items()}
-        ratio[name] = {
-            key: times["losses.mmd"] / value for key, value in times.items()
-        }
+        ratio[name] = {key: times["losses.mmd"] / value for key, value in times.items()}
         print(name, ratio[name], flush=True)
         if size in LARGE:
             best[name] = limit(size) / times["losses.mmd"]

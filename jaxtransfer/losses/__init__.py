@@ -34,6 +34,14 @@ from jaxtransfer.losses.confidence import (
     pseudo_label,
     virtual_adversarial,
 )
+from jaxtransfer.losses.contrastive import (
+    ContrastiveMemory,
+    contrastive_distillation,
+    contrastive_memory,
+    contrastive_representation_distillation,
+    sample_negatives,
+    update_contrastive_memory,
+)
 from jaxtransfer.losses.discrepancy import (
     maximum_mean_discrepancy,
     mmd,
@@ -111,6 +119,12 @@ from jaxtransfer.losses.moments import (
     correlation_alignment,
     log_correlation_alignment,
 )
+from jaxtransfer.losses.neighbors import (
+    NeighborBank,
+    neighbor_bank,
+    neighborhood_reciprocal_clustering,
+    update_neighbor_bank,
+)
 from jaxtransfer.losses.presets import (
     mmd_preset,
 )
@@ -133,12 +147,26 @@ from jaxtransfer.losses.relational import (
     relational_knowledge_distillation,
     similarity_preserving,
 )
+from jaxtransfer.losses.sequence import (
+    chunked_token_distillation,
+    sequence_distillation,
+    token_distillation,
+)
 from jaxtransfer.losses.spectral import (
     adaptive_feature_norm,
     batch_nuclear_norm,
     batch_spectral_penalization,
     batch_spectral_shrinkage,
     nuclear_wasserstein_discrepancy,
+)
+from jaxtransfer.losses.transformers import (
+    attention_matching,
+    hidden_cosine,
+    hidden_matching,
+    minilm_attention,
+    minilm_values,
+    patient_distillation,
+    uniform_layers,
 )
 from jaxtransfer.losses.transport import (
     deep_joint_distribution_transport,
@@ -154,11 +182,14 @@ from jaxtransfer.losses.two_sample import (
 
 __all__ = [
     "ClassQueue",
+    "ContrastiveMemory",
+    "NeighborBank",
     "SynapticIntelligence",
     "accuracy",
     "activation_boundary",
     "adaptive_feature_norm",
     "attention_map",
+    "attention_matching",
     "attention_transfer",
     "attentive_behavioral_regularization",
     "batch_nuclear_norm",
@@ -173,12 +204,16 @@ __all__ = [
     "centroid_pseudo_labels",
     "channel_attention",
     "channel_distillation",
+    "chunked_token_distillation",
     "class_balance",
     "class_queue",
     "classifier_discrepancy",
     "co_tuning",
     "contrastive_cross_entropy",
+    "contrastive_distillation",
     "contrastive_domain_discrepancy",
+    "contrastive_memory",
+    "contrastive_representation_distillation",
     "coral",
     "correlation_alignment",
     "correlation_congruence",
@@ -201,6 +236,8 @@ __all__ = [
     "fisher_information",
     "flow_of_solution_procedure",
     "gradient_penalty",
+    "hidden_cosine",
+    "hidden_matching",
     "hierarchical_context",
     "hint",
     "information_maximization",
@@ -220,12 +257,16 @@ __all__ = [
     "maximum_mean_discrepancy",
     "mean",
     "mean_squared_error",
+    "minilm_attention",
+    "minilm_values",
     "minimum_class_confusion",
     "mmd",
     "mmd_preset",
     "multi_teacher_distillation",
     "multilinear_map",
     "mutual_learning",
+    "neighbor_bank",
+    "neighborhood_reciprocal_clustering",
     "neuron_selectivity_transfer",
     "nontarget_class_distillation",
     "normalized_knowledge_distillation",
@@ -233,6 +274,7 @@ __all__ = [
     "optimal_kernel_weights",
     "overhaul",
     "overhaul_margin",
+    "patient_distillation",
     "pearson_feature_distillation",
     "permutation_test",
     "probabilistic_knowledge_transfer",
@@ -242,6 +284,8 @@ __all__ = [
     "relational_distance",
     "relational_knowledge_distillation",
     "reused_classifier",
+    "sample_negatives",
+    "sequence_distillation",
     "similarity_preserving",
     "simkd",
     "sinkhorn_divergence",
@@ -249,7 +293,11 @@ __all__ = [
     "standardize_logits",
     "synaptic_importance",
     "target_class_distillation",
+    "token_distillation",
     "top_k_knowledge_distillation",
+    "uniform_layers",
+    "update_contrastive_memory",
+    "update_neighbor_bank",
     "update_synaptic_intelligence",
     "variational_information_distillation",
     "virtual_adversarial",

@@ -224,7 +224,10 @@ def multilinear_map(
         Long et al., "Conditional Adversarial Domain Adaptation", NeurIPS 2018, sec. 3.
     """
     features, probabilities = _conditioned(features, probabilities, where)
-    return (probabilities[:, :, None] * features[:, None, :]).reshape(len(features), -1)
+    products = jnp.einsum(
+        "nc,nf->ncf", probabilities, features, precision=jax.lax.Precision.HIGHEST
+    )
+    return products.reshape(len(features), -1)
 
 
 def randomized_multilinear_map(

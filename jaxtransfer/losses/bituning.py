@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.sets import checked_labels, matrix
 from jaxtransfer.typing import AnyArray
@@ -184,7 +185,7 @@ def categorical_contrastive(
     keys = jnp.where(where[:, None], keys, 0.0)
     queue = _queue(queue, features.shape[1])
     labels, valid, _ = checked_labels(labels, len(features), len(queue), where)
-    queries, own = _unit(features), jax.lax.stop_gradient(_unit(keys))
+    queries, own = unit(features), jax.lax.stop_gradient(unit(keys))
     return _contrast(queries, own, queue, labels, valid, where, filled, temperature)
 
 
@@ -252,7 +253,7 @@ def contrastive_cross_entropy(
     if not train_prototypes:
         prototypes = jax.lax.stop_gradient(prototypes)
     labels, valid, _ = checked_labels(labels, len(features), len(queue), where)
-    queries, own = _unit(prototypes)[labels], _unit(features)
+    queries, own = unit(prototypes)[labels], unit(features)
     return _contrast(queries, own, queue, labels, valid, where, filled, temperature)
 
 
@@ -292,10 +293,4 @@ def _queue(queue, width):
             f"queue must be [classes, size, {width}], the width of the features, got "
             f"shape {queue.shape}."
         )
-    return jax.lax.stop_gradient(_unit(queue))
-
-
-def _unit(rows):
-    """Rows of length 1; zeros stay zeros."""
-    squares = jnp.sum(rows**2, axis=-1, keepdims=True)
-    return rows * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
+    return jax.lax.stop_gradient(unit(queue))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtransfer.losses.directions import unit
+from jaxtransfer.losses.maps import inner_axes
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.typing import AnyArray
 
@@ -76,14 +78,12 @@ def diversity(
         Maximization", NeurIPS 2010, sec. 2.
     """
     logits, where = _given(logits, where)
-    log_p = jax.nn.log_softmax(logits).reshape(-1, logits.shape[-1])
-    weights = jnp.ones(len(log_p)) if where is None else where.reshape(-1)
-    weights = weights.astype(log_p.dtype)
-    count = jnp.sum(weights)
-    log_q = jax.nn.logsumexp(log_p, axis=0, b=weights[:, None])
-    log_q = jnp.where(count > 0, log_q, 0.0) - jnp.log(jnp.maximum(count, 1.0))
-    value = jnp.sum(jnp.exp(log_q) * log_q)
-    return jnp.where(count > 0, value, 0.0)
+    p = jax.nn.softmax(logits).reshape(-1, logits.shape[-1])
+    weights = jnp.ones(len(p)) if where is None else where.reshape(-1)
+    weights = weights.astype(p.dtype)
+    q = jnp.matmul(weights, p, precision=jax.lax.Precision.HIGHEST)
+    q = q / jnp.maximum(jnp.sum(weights), 1.0)
+    return jnp.sum(q * jnp.log(jnp.where(q > 0, q, 1.0)))
 
 
 def information_maximization(
@@ -289,10 +289,12 @@ def virtual_adversarial(
         return jnp.sum(jnp.exp(held) * (held - moved), axis=-1)
 
     key = jax.random.key(0) if key is None else key
-    direction = _unit(jax.random.normal(key, inputs.shape, inputs.dtype))
+    direction = unit(
+        jax.random.normal(key, inputs.shape, inputs.dtype), inner_axes(inputs)
+    )
     for _ in range(iterations):
         slope = jax.grad(lambda change: jnp.sum(divergence(change)))(probe * direction)
-        direction = _unit(slope)
+        direction = unit(slope, inner_axes(inputs))
     values = divergence(radius * jax.lax.stop_gradient(direction))
     return values if where is None else jnp.where(where, values, 0.0)
 
@@ -344,16 +346,16 @@ def centroid_pseudo_labels(
     if where is not None:
         where = check_mask("where", where, features.shape[:1])
         counts = where.astype(features.dtype)
-        features = jnp.where(where[:, None], features, 0.0)
         logits = jnp.where(where[:, None], logits, 0.0)
-    extended = _unit(jnp.pad(features, ((0, 0), (0, 1)), constant_values=1.0))
+    extended = unit(jnp.pad(features, ((0, 0), (0, 1)), constant_values=1.0))
+    counted = jnp.where(counts[:, None] > 0, extended, 0.0)
     weights = jax.nn.softmax(logits)
     labels = jnp.argmax(logits, axis=1)
     for _ in range(rounds + 1):
         weights = weights * counts[:, None]
         total = jnp.sum(weights, axis=0)
-        centroids = _unit(
-            jnp.matmul(weights.T, extended, precision=jax.lax.Precision.HIGHEST)
+        centroids = unit(
+            jnp.matmul(weights.T, counted, precision=jax.lax.Precision.HIGHEST)
         )
         cosines = jnp.matmul(extended, centroids.T, precision=jax.lax.Precision.HIGHEST)
         labels = jnp.argmax(jnp.where(total > 0, cosines, -jnp.inf), axis=1)
@@ -374,13 +376,3 @@ def _given(logits, where):
 
 def _like(where, values):
     return where.reshape(-1, *(1,) * (values.ndim - 1))
-
-
-def _unit(values):
-    """Every example scaled to length 1; 0 stays 0, without a gradient."""
-    axes = tuple(range(1, values.ndim))
-    # By the largest first: squares of tiny slopes would vanish.
-    largest = jnp.max(jnp.abs(values), axis=axes, keepdims=True, initial=0.0)
-    scaled = values / jnp.where(largest > 0, largest, 1.0)
-    squares = jnp.sum(scaled**2, axis=axes, keepdims=True)
-    return scaled / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))

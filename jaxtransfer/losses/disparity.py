@@ -102,11 +102,14 @@ def class_balance(
     # If no row counts, all do, as zeros: finite, and replaced at the end.
     logits = jnp.where(where[:, None], logits, 0.0)
     weights = jnp.where(any_counts, where, True).astype(logits.dtype)
-    log_mean = jax.nn.logsumexp(
-        jax.nn.log_softmax(logits), axis=0, b=weights[:, None]
-    ) - jnp.log(jnp.sum(weights))
-    if epsilon != 0:
-        log_mean = jnp.logaddexp(log_mean, jnp.log(jnp.asarray(epsilon, logits.dtype)))
+    count = jnp.sum(weights)
+    if isinstance(epsilon, Tracer) or epsilon > 0:
+        p = jax.nn.softmax(logits)
+        mean = jnp.matmul(weights, p, precision=jax.lax.Precision.HIGHEST) / count
+        log_mean = jnp.log(mean + epsilon)
+    else:  # the mean may be too small for a float
+        log_p = jax.nn.log_softmax(logits)
+        log_mean = jax.nn.logsumexp(log_p, axis=0, b=weights[:, None]) - jnp.log(count)
     return jnp.where(any_counts, -jnp.mean(log_mean), 0.0)
 
 

@@ -419,9 +419,9 @@ def cached_knowledge_distillation(
             )
     indices = jnp.clip(indices, 0, classes - 1)
 
-    scale, log_all = soften(temperature, batch, where, student)
-    log_q = jnp.take_along_axis(log_all, indices, axis=-1)
     if tail == "bucket" and indices.shape[-1] < classes:
+        scale, log_all = soften(temperature, batch, where, student)
+        log_q = jnp.take_along_axis(log_all, indices, axis=-1)
         chosen = jnp.put_along_axis(
             jnp.zeros(student.shape, bool), indices, True, axis=-1, inplace=False
         )
@@ -431,7 +431,9 @@ def cached_knowledge_distillation(
         log_p = jnp.concatenate([log_p, rest_p[..., None]], axis=-1)
         log_q = jnp.concatenate([log_q, rest_q[..., None]], axis=-1)
     else:
-        log_p, log_q = jax.nn.log_softmax(log_p), jax.nn.log_softmax(log_q)
+        kept = jnp.take_along_axis(student, indices, axis=-1)
+        scale, log_q = soften(temperature, batch, where, kept)
+        log_p = jax.nn.log_softmax(log_p)
     losses = scale * kl_divergence(log_p, log_q)
     return counted(losses * jnp.where(valid, 1.0, jnp.nan).astype(losses.dtype), where)
 

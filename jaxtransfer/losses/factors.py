@@ -8,6 +8,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
+from jaxtransfer.losses.directions import scaled, unit
 from jaxtransfer.losses.maps import inner_axes, masked_maps, same_maps
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.ops.pooling import adaptive_average_pool
@@ -54,8 +55,10 @@ def attention_map(
             f"{jnp.shape(features)}."
         )
     # A map of unit length does not depend on the scale of the features.
-    features = _scaled(masked_maps(features, where))
-    return _unit(jnp.mean(jnp.abs(features) ** power, axis=-1))
+    features = masked_maps(features, where)
+    features = scaled(features, inner_axes(features))
+    attention = jnp.mean(jnp.abs(features) ** power, axis=-1)
+    return unit(attention, inner_axes(attention))
 
 
 def attention_transfer(
@@ -122,7 +125,7 @@ def factor_transfer(
     """Factor transfer (FT): distance between factors of unit length, per example.
 
     ``mean |a - b|^p`` with ``a = s / |s|_2`` and ``b = t / |t|_2``, each map taken as
-    one vector. In ``form="attention"`` s and t are the means over channels.
+    one vector. In ``form="attention"`` they are the maps of `attention_map`.
 
     Args:
         student_maps: Factors [batch, ..., channels] of the student's translator.
@@ -130,7 +133,7 @@ def factor_transfer(
             gradient flows into them.
         power: p, at least 1.
         form: "factor" for the paper and its authors' program; "attention" for the
-            channel means that a widely used collection of methods takes. There
+            attention maps that a widely used collection of methods takes. There
             channels may differ, and sizes as in `attention_transfer`.
         where: Which examples count [batch]; the others give 0 and no gradient.
 
@@ -156,10 +159,11 @@ def factor_transfer(
     _check_power(power)
     if form == "factor":
         student, teacher = same_maps(student_maps, teacher_maps, where)
+        axes = inner_axes(student)
+        difference = unit(student, axes) - unit(teacher, axes)
     else:
         student, teacher = _same_positions(student_maps, teacher_maps, where)
-        student, teacher = _scaled(student).mean(-1), _scaled(teacher).mean(-1)
-    difference = _unit(student) - _unit(teacher)
+        difference = attention_map(student) - attention_map(teacher)
     return jnp.mean(jnp.abs(difference) ** power, axis=inner_axes(difference))
 
 
@@ -302,22 +306,6 @@ def _same_positions(student, teacher, where):
         student = adaptive_average_pool(student, size)
         teacher = adaptive_average_pool(teacher, size)
     return student, jax.lax.stop_gradient(teacher)
-
-
-def _scaled(values):
-    """The values over their largest one, an example each; 0 stays 0."""
-    largest = jnp.max(jnp.abs(values), axis=inner_axes(values), keepdims=True)
-    some = largest >= jnp.finfo(values.dtype).tiny
-    scale = jax.lax.stop_gradient(jnp.where(some, largest, 1.0))
-    return jnp.where(some, values / scale, 0.0)
-
-
-def _unit(values):
-    """The values at unit length, an example each; 0 stays 0, without gradient."""
-    values = _scaled(values)
-    squares = jnp.sum(values**2, axis=inner_axes(values), keepdims=True)
-    some = squares > 0
-    return jnp.where(some, values / jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)
 
 
 def _standardised(values, weights, count):

@@ -154,9 +154,9 @@ def local_maximum_mean_discrepancy(
     likeliest = jax.nn.one_hot(jnp.argmax(soft, axis=1), classes) * v[:, None]
     both = (jnp.sum(own, axis=0) > 0) & (jnp.sum(likeliest, axis=0) > 0)
     signed = jnp.concatenate([_normalized(own), -_normalized(soft)])
-    by_class = jnp.sum(signed * _product(kernel, signed), axis=0)
-    total = jnp.sum(jnp.where(both, by_class, 0.0))
-    return total / jnp.maximum(jnp.sum(both), 1)
+    # What each pair of rows counts for does not depend on the features.
+    share = _product(jnp.where(both, signed, 0.0), signed.T)
+    return jnp.sum(share * kernel) / jnp.maximum(jnp.sum(both), 1)
 
 
 def contrastive_domain_discrepancy(
@@ -211,18 +211,22 @@ def contrastive_domain_discrepancy(
     n = len(u)
     own = _normalized(_one_hot(source_labels, classes, u, source_where, kernel.dtype))
     other = _normalized(_one_hot(target_labels, classes, v, target_where, kernel.dtype))
-    by_source = jnp.sum(own * _product(kernel[:n, :n], own), axis=0)
-    by_target = jnp.sum(other * _product(kernel[n:, n:], other), axis=0)
-    between = _product(own.T, _product(kernel[:n, n:], other))
-    table = by_source[:, None] + by_target - 2.0 * between
     here = (jnp.sum(own, axis=0) > 0)[:, None] & (jnp.sum(other, axis=0) > 0)
     same = jnp.eye(classes, dtype=bool)
 
-    def mean(which):
-        count = jnp.maximum(jnp.sum(which), 1)
-        return jnp.sum(jnp.where(which, table, 0.0)) / count
+    def share(which):
+        return which / jnp.maximum(jnp.sum(which), 1).astype(kernel.dtype)
 
-    return mean(here & same) - mean(here & ~same)
+    # What each pair of classes, and so each pair of rows, counts for.
+    table = share(here & same) - share(here & ~same)
+    within_source = _product(own * jnp.sum(table, axis=1), own.T)
+    within_target = _product(other * jnp.sum(table, axis=0), other.T)
+    between = _product(_product(own, table), other.T)
+    return (
+        jnp.sum(within_source * kernel[:n, :n])
+        + jnp.sum(within_target * kernel[n:, n:])
+        - 2.0 * jnp.sum(between * kernel[:n, n:])
+    )
 
 
 def _kernel(source, target, multipliers, bandwidth, source_where, target_where):

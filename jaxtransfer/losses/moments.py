@@ -56,11 +56,11 @@ def correlation_alignment(
     if form not in ("paper", "mean_covariance"):
         raise ValueError(f'form must be "paper" or "mean_covariance", got {form!r}.')
     sets = _two_sets(source, target, source_where, target_where, 2)
-    (source_mean, source_covariance), (target_mean, target_covariance) = map(
-        _mean_and_covariance, *zip(*sets, strict=True)
+    (source_mean, source_scaled), (target_mean, target_scaled) = map(
+        _mean_and_scaled, *zip(*sets, strict=True)
     )
     features = source_mean.size
-    value = jnp.sum((source_covariance - target_covariance) ** 2) / features**2
+    value = _squared_difference(source_scaled, target_scaled) / features**2
     if form == "paper":
         value = value / 4.0
     else:
@@ -115,7 +115,7 @@ def log_correlation_alignment(
     logarithms = []
     for rows, weights in sets:
         shift = jnp.asarray(epsilon, rows.dtype)
-        logarithms.append(_log_plus(_mean_and_covariance(rows, weights)[1], shift))
+        logarithms.append(_log_plus(_covariance(rows, weights), shift))
     difference = logarithms[0] - logarithms[1]
     value = jnp.sum(difference**2) / (4.0 * len(difference) ** 2)
     return jnp.where(_enough(sets, 2), value, 0.0)
@@ -208,10 +208,37 @@ def _centred(rows, weights):
     return mean, (rows - mean) * weights[:, None]
 
 
-def _mean_and_covariance(rows, weights):
+def _covariance(rows, weights):
+    return _products(_mean_and_scaled(rows, weights)[1])
+
+
+def _mean_and_scaled(rows, weights):
+    """The mean, and rows whose products with themselves are the covariance."""
     mean, centred = _centred(rows, weights)
-    products = jnp.matmul(centred.T, centred, precision=HIGHEST)
-    return mean, products / jnp.maximum(jnp.sum(weights) - 1.0, 1.0)
+    return mean, centred / jnp.sqrt(jnp.maximum(jnp.sum(weights) - 1.0, 1.0))
+
+
+def _products(rows):
+    return jnp.matmul(rows.T, rows, precision=HIGHEST)
+
+
+@jax.custom_jvp
+def _squared_difference(source, target):
+    """``|S'S - T'T|_F^2``."""
+    return jnp.sum((_products(source) - _products(target)) ** 2)
+
+
+@_squared_difference.defjvp
+def _squared_difference_jvp(primals, tangents):
+    # One product a side, where the transposed factors of a product would make two.
+    source, target = primals
+    difference = _products(source) - _products(target)
+    slopes = (
+        jnp.matmul(rows, difference, precision=HIGHEST) * tangent
+        for rows, tangent in zip(primals, tangents, strict=True)
+    )
+    of_source, of_target = map(jnp.sum, slopes)
+    return jnp.sum(difference**2), 4.0 * (of_source - of_target)
 
 
 def _norm(vector):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 from jaxtransfer.losses.discrepancy import maximum_mean_discrepancy
 from jaxtransfer.losses.sets import check_widths, weighted_rows
 from jaxtransfer.ops.kernels import mean_squared_distance, squared_distances
+from jaxtransfer.ops.order import kth_smallest
 from jaxtransfer.typing import AnyArray
 
 POWERS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -118,7 +119,7 @@ def _lower_median(rows, weights):
         jnp.eye(len(rows), dtype=bool).ravel() & pairs, 0.0, distances
     )
     middle = jnp.maximum((jnp.sum(pairs) - 1) // 2, 0)
-    median = jnp.sort(distances)[middle]
+    median = kth_smallest(distances, middle)
     return jnp.where(jnp.isfinite(median) & (median > 0), median, 1.0)
 
 

@@ -45,7 +45,7 @@ def similarity_preserving(
         eqs. 1-4.
     """
     student, teacher, counts = _pair(student_features, teacher_features, where)
-    grams = [_unit(_product(rows, rows.T), axis=1) for rows in (student, teacher)]
+    grams = [_unit(_gram(rows), axis=1) for rows in (student, teacher)]
     total = jnp.maximum(jnp.sum(counts), 1.0)
     return jnp.sum((grams[0] - grams[1]) ** 2) / total**2
 
@@ -104,7 +104,7 @@ def correlation_congruence(
 
     def kernel(rows):
         rows = _unit(rows, axis=1)
-        cosines = _product(rows, rows.T)
+        cosines = _gram(rows)
         term, total = jnp.ones_like(cosines), jnp.ones_like(cosines)
         for p in range(1, order + 1):
             term = term * (2.0 * gamma / p) * cosines
@@ -280,7 +280,7 @@ def probabilistic_knowledge_transfer(
     def neighbours(rows):
         lengths = _length(rows, axis=1)
         rows = rows / (lengths + epsilon)
-        similar = pairs * (_product(rows, rows.T) + 1.0) / 2.0
+        similar = pairs * (_gram(rows) + 1.0) / 2.0
         total = jnp.sum(similar, axis=1, keepdims=True)
         return similar / jnp.where(total > 0, total, 1.0)
 
@@ -471,7 +471,7 @@ def _scaled_distances(rows, pairs):
 def _angles(rows):
     """Cosines [i, j, k] of the angles at i, from inner products alone."""
     rows = rows - jax.lax.stop_gradient(jnp.mean(rows, axis=0))
-    gram = _product(rows, rows.T)
+    gram = _gram(rows)
     squares = self_squared_distances(rows)
     positive = squares > 1e-12
     inverse = jnp.where(
@@ -495,5 +495,18 @@ def _unit(values, axis):
     return values / jnp.where(lengths > 0, lengths, 1.0)
 
 
+@jax.custom_jvp
+def _gram(rows):
+    """Inner products of all pairs of rows; its gradient is one product, not two."""
+    return _product(rows, rows)
+
+
+@_gram.defjvp
+def _gram_jvp(primals, tangents):
+    (rows,), (slopes,) = primals, tangents
+    one_side = _product(slopes, rows)
+    return _gram(rows), one_side + one_side.T
+
+
 def _product(a, b):
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)

@@ -6,8 +6,11 @@ from jax.core import Tracer
 from jaxtransfer.losses.reduction import check_mask, widen
 
 
-def weighted_rows(name, rows, where, least):
-    """The rows, widened and 0 where masked, and the weight 0 or 1 of each."""
+def weighted_rows(name, rows, where, least, mask=None):
+    """The rows, widened and 0 where masked, and the weight 0 or 1 of each.
+
+    ``mask`` is what the mask is called, if not ``NAME_where``.
+    """
     rows = widen(rows)
     if rows.ndim != 2:
         raise ValueError(
@@ -18,7 +21,7 @@ def weighted_rows(name, rows, where, least):
         raise ValueError(f"{name} needs at least {least} rows, got {len(rows)}.")
     if where is None:
         return rows, jnp.ones(len(rows), rows.dtype)
-    where = check_mask(f"{name}_where", where, rows.shape[:1])
+    where = check_mask(mask or f"{name}_where", where, rows.shape[:1])
     return jnp.where(where[:, None], rows, 0.0), where.astype(rows.dtype)
 
 

@@ -45,7 +45,7 @@ def batch_nuclear_norm(
     """
     if form not in ("paper", "code"):
         raise ValueError(f'form must be "paper" or "code", got {form!r}.')
-    rows, weights = weighted_rows("logits", logits, where, 1)
+    rows, weights = weighted_rows("logits", logits, where, 1, "where")
     count = jnp.sum(weights)
     if form == "code":
         count = jnp.minimum(count, rows.shape[1])
@@ -87,7 +87,7 @@ def adaptive_feature_norm(
         Unsupervised Domain Adaptation", ICCV 2019, eq. 6. Deviation: a vector of length
         0 has no direction to grow in and gets no gradient.
     """
-    rows, weights = weighted_rows("features", features, where, 1)
+    rows, weights = weighted_rows("features", features, where, 1, "where")
     squares = jnp.sum(rows**2, axis=1)
     positive = squares > 0
     norms = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
@@ -136,8 +136,7 @@ def batch_spectral_penalization(
     source, _ = weighted_rows("source", source, source_where, 1)
     target, _ = weighted_rows("target", target, target_where, 1)
     check_widths(source, target)
-    first, second = _values(source)[:largest], _values(target)[:largest]
-    return jnp.sum(first**2) + jnp.sum(second**2)
+    return _largest_squares(source, largest) + _largest_squares(target, largest)
 
 
 def batch_spectral_shrinkage(
@@ -173,7 +172,7 @@ def batch_spectral_shrinkage(
         Shrinkage for Safe Transfer Learning", NeurIPS 2019, sec. 4.
     """
     _check_number("smallest", smallest)
-    rows, weights = weighted_rows("features", features, where, 1)
+    rows, weights = weighted_rows("features", features, where, 1, "where")
     values = _values(rows)
     # Masked rows are rows of zeros, whose singular values don't count.
     count = jnp.minimum(jnp.sum(weights), rows.shape[1])
@@ -228,14 +227,27 @@ def nuclear_wasserstein_discrepancy(
 
 def _values(rows):
     """Singular values, largest first; their gradient is finite at ties and zeros."""
+    if rows.shape[0] < rows.shape[1]:
+        rows = rows.T  # what LAPACK is quicker with
     return jnp.linalg.svd(rows, full_matrices=False, compute_uv=False)
+
+
+def _largest_squares(rows, count):
+    """Sum of the largest squared singular values, as eigenvalues of the products.
+
+    Several times quicker; only the smallest would lose digits.
+    """
+    if rows.shape[0] > rows.shape[1]:
+        rows = rows.T
+    products = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.sum(jnp.linalg.eigvalsh(products)[-count:])
 
 
 def _nuclear_norm(rows):
     values = _values(rows)
     # Where a value vanishes the norm has a kink; 0 is its shortest slope.
     floor = max(rows.shape) * jnp.finfo(rows.dtype).eps * jnp.max(values, initial=0.0)
-    return jnp.sum(jnp.where(values > floor, values, 0.0))
+    return jnp.sum(jnp.where(values <= floor, 0.0, values))  # not-a-number stays
 
 
 def _check_number(name, value):

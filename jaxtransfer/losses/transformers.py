@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.distillation import knowledge_distillation
 from jaxtransfer.losses.reduction import check_mask, mean, widen
 from jaxtransfer.losses.softened import counted
@@ -161,7 +162,7 @@ def hidden_cosine(
         and lighter", 2019, sec. 2.
     """
     student, teacher, where = _states(student_hidden, teacher_hidden, where)
-    return counted(1.0 - jnp.sum(_unit(student) * _unit(teacher), axis=-1), where)
+    return counted(1.0 - jnp.sum(unit(student) * unit(teacher), axis=-1), where)
 
 
 def patient_distillation(
@@ -198,7 +199,7 @@ def patient_distillation(
         2019, sec. 3.
     """
     student, teacher, _ = _states(student_hidden, teacher_hidden, where)
-    return jnp.sum((_unit(student) - _unit(teacher)) ** 2, axis=-1)
+    return jnp.sum((unit(student) - unit(teacher)) ** 2, axis=-1)
 
 
 def minilm_attention(
@@ -401,14 +402,3 @@ def _relations(values):
         "...id,...jd->...ij", values, values, precision=jax.lax.Precision.HIGHEST
     )
     return products / np.sqrt(values.shape[-1])
-
-
-def _unit(rows):
-    """Rows of length 1, or 0, whatever their size: no square over- or underflows.
-
-    The divisor is no part of the gradient, as the result does not depend on it.
-    """
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(rows), axis=-1, keepdims=True))
-    rows = rows / jnp.where(largest > 0, largest, 1.0)
-    squares = jnp.sum(rows**2, axis=-1, keepdims=True)
-    return rows / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))

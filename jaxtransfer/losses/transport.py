@@ -17,6 +17,7 @@ from jaxtransfer.losses.sets import (
     weighted_rows,
 )
 from jaxtransfer.ops.kernels import self_squared_distances, squared_distances
+from jaxtransfer.ops.order import argsort
 from jaxtransfer.typing import AnyArray
 
 
@@ -77,9 +78,11 @@ def sliced_wasserstein(
 
     def projected(rows, weights, where):
         lines = jnp.matmul(directions, rows.T, precision=jax.lax.Precision.HIGHEST)
+        if where is not None:
+            lines = jnp.where(weights > 0, lines, jnp.inf)
+        lines = jnp.take_along_axis(lines, argsort(lines), axis=1)
         if where is None:
-            return jnp.sort(lines, axis=1)
-        lines = jnp.sort(jnp.where(weights > 0, lines, jnp.inf), axis=1)
+            return lines
         return jnp.where(jnp.arange(len(rows)) < jnp.sum(weights), lines, 0.0)
 
     lines = projected(source, source_weights, source_where)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from jaxtransfer.losses.discrepancy import bandwidths, kernel_of
 from jaxtransfer.losses.sets import check_widths, weighted_rows
 from jaxtransfer.ops.kernels import squared_distances
+from jaxtransfer.ops.order import kth_smallest
 from jaxtransfer.typing import AnyArray
 
 POWERS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -75,12 +76,16 @@ def permutation_test(
     share = jnp.where(n > 0, 1.0 / jnp.maximum(n, 1.0), 0.0)
     other = jnp.where(m > 0, 1.0 / jnp.maximum(m, 1.0), 0.0)
 
+    places = (1 << (len(rows) - 1).bit_length()) - 1
+    last = jnp.uint32(jnp.iinfo(jnp.int32).max)
+
     def divided(key):
         """Signed weights of a random division of the rows that count."""
-        draw = jnp.where(counts > 0, jax.random.uniform(key, counts.shape), 2.0)
-        rank = jnp.argsort(jnp.argsort(draw))
-        weights = jnp.where(rank < n, share, -other)
-        return jnp.where(counts > 0, weights, 0.0)
+        draw = jnp.where(counts > 0, jax.random.bits(key, counts.shape) >> 1, last)
+        # With the place in the lowest bits no two are equal.
+        draw = (draw.astype(jnp.int32) & ~places) | jnp.arange(len(rows))
+        first = draw < kth_smallest(draw, jnp.int32(n))
+        return jnp.where(counts > 0, jnp.where(first, share, -other), 0.0)
 
     keys = jax.random.split(jax.random.key(0) if key is None else key, permutations)
     observed = jnp.concatenate([u * share, -v * other])

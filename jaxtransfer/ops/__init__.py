@@ -1,6 +1,7 @@
 """Array operations that the losses, networks and methods are built from."""
 
 from jaxtransfer.ops.chunked import chunked_mean
+from jaxtransfer.ops.fourier import fourier_sums
 from jaxtransfer.ops.kernels import (
     mean_squared_distance,
     self_squared_distances,
@@ -20,6 +21,7 @@ __all__ = [
     "conv",
     "cosine",
     "dann",
+    "fourier_sums",
     "gaussian_kernel_sums",
     "gradient_reversal",
     "linear",

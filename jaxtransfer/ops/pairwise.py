@@ -102,6 +102,10 @@ def gaussian_kernel_sums(
     # A common shift leaves the distances alone and removes most of the cancellation.
     total = jnp.sum(jnp.abs(u))
     shift = jnp.abs(u) @ x / jnp.where(total > 0, total, 1.0)
+    # In a few digits less, or x - shift may become a fused multiply in some of its uses
+    # and not in others: rows that are equal would no longer be.
+    bits = jnp.finfo(dtype)
+    shift = jax.lax.reduce_precision(shift, bits.nexp, bits.nmant - 3)
     shift = jax.lax.stop_gradient(shift)
     totals: Any = _sums(tile, axis_name, x - shift, y - shift, u, v, *kernel)
     sums = KernelSums(*totals)

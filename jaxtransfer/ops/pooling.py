@@ -15,8 +15,8 @@ def adaptive_average_pool(
 
     Position i of m on an axis of length n is the mean of the positions from
     ``floor(i n / m)`` up to, not including, ``ceil((i + 1) n / m)``: windows that may
-    overlap where m does not divide n. Equal to ``adaptive_avg_pool2d`` of PyTorch, as
-    one matrix product an axis.
+    overlap where m does not divide n, which takes a matrix product an axis. Equal to
+    ``adaptive_avg_pool2d`` of PyTorch.
 
     Args:
         inputs: [..., height, width, channels], finite.
@@ -48,6 +48,10 @@ def adaptive_average_pool(
     if (height, width) == tuple(size):
         return inputs
     dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    if height % size[0] == 0 and width % size[1] == 0:
+        blocks = (size[0], height // size[0], size[1], width // size[1])
+        blocks = inputs.reshape(*inputs.shape[:-3], *blocks, inputs.shape[-1])
+        return jnp.mean(blocks, axis=(-4, -2), dtype=dtype).astype(inputs.dtype)
     pooled = jnp.einsum(
         "...hwc,ih,jw->...ijc",
         inputs.astype(dtype),

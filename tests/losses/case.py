@@ -1,8 +1,8 @@
 """One loss under test: what it is called with, and what must hold of it anyhow.
 
-Every public function of `jaxtransfer.losses` and `jaxtransfer.scores` has a `Case` in a
-file of `tests/losses/cases/` (or is listed there as one that can't have one); the tests
-of `tests/losses/test_contract.py` hold all of them to the same promises.
+Every public function of `jaxtransfer.losses` has a `Case` in a file of
+`tests/losses/cases/` (or is listed there as one that can't have one); the tests of
+`tests/losses/test_contract.py` hold all of them to the same promises.
 """
 
 from collections.abc import Callable, Mapping

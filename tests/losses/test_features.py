@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 
 from jaxtransfer.losses import factors, features
 from tests.losses.case import det
@@ -18,7 +19,18 @@ STUDENT, TEACHER = _maps((8, 6, 4, 4), 3), _maps((8, 6, 4, 4), 4)
 FOUR, LARGE = _maps((8, 4, 4, 4), 5), _maps((8, 6, 8, 8), 6)
 LARGE_STUDENT = _maps((8, 6, 8, 8), 15)
 PAIR = (STUDENT, TEACHER)
+KERNELS = det((6, 4), 100, 0.5), det((6, 6), 101, 0.5), det((6, 6), 102, 0.5)
 paper = functools.partial(factors.attention_transfer, form="paper")
+
+
+def _variational(student, teacher):
+    """With the reference's regressor of three 1 x 1 convolutions, all variances 5."""
+    for kernel in KERNELS[:2]:
+        student = jax.nn.relu(student @ kernel.T.astype(student.dtype))
+    means = student @ KERNELS[2].T.astype(student.dtype)
+    params = jnp.full(6, np.log(np.exp(5.0 - 1e-5) - 1.0), student.dtype)
+    return features.variational_information_distillation(means, teacher, params)
+
 
 GOLDEN = {
     "hint": (features.hint, PAIR, 0.643158132437, 0.05787730073),
@@ -41,6 +53,13 @@ GOLDEN = {
         1008.15968401,
         63.50306084,
     ),
+    "variational": (_variational, (FOUR, TEACHER), 0.838038122012, 0.000556435412),
+    "factor, attention": (
+        functools.partial(factors.factor_transfer, form="attention"),
+        PAIR,
+        0.0988033410967,
+        0.02808843824,
+    ),
     "context": (
         features.hierarchical_context,
         (LARGE_STUDENT, LARGE),
@@ -52,6 +71,12 @@ GOLDEN = {
         PAIR,
         0.430186447908,
         0.03973744185,
+    ),
+    "reused classifier": (
+        features.reused_classifier,
+        PAIR,
+        0.643158132437,
+        0.05787730073,
     ),
     "channels": (factors.channel_distillation, PAIR, 0.290765433696, 0.02755327649),
     "pearson": (
@@ -66,13 +91,14 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(float64, name):
     loss, arrays, golden, length = GOLDEN[name]
-    value, gradient = jax.value_and_grad(lambda s, t: jnp.mean(loss(s, t)))(
-        *map(jnp.asarray, arrays)
-    )
+    of = jax.jit(jax.value_and_grad(lambda s, t: jnp.mean(loss(s, t))))
+    value, gradient = of(*map(jnp.asarray, arrays))
     np.testing.assert_allclose(value, golden, rtol=1e-9)
     np.testing.assert_allclose(jnp.linalg.norm(gradient), length, rtol=1e-9)
     narrow = [jnp.asarray(array, jnp.float32) for array in arrays]
-    np.testing.assert_allclose(jnp.mean(loss(*narrow)), golden, rtol=1e-5)
+    value, gradient = of(*narrow)
+    np.testing.assert_allclose(value, golden, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(gradient), length, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +107,25 @@ def test_golden(float64, name):
         (1.0, 0.0, -0.797884560803),
         (0.5, 0.3, -0.307512880119),
         (-2.0, -1.0, -2.018320867674),
+        (0.1, 1.0, -0.3),
     ],
 )
 def test_margin_golden(float64, scale, bias, golden):
     margin = features.overhaul_margin(jnp.array(scale), jnp.array(bias))
     np.testing.assert_allclose(margin, golden, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias"), [(1.0, 0.5), (0.3, -0.2), (-2.0, 1.0), (0.5, 4.0)]
+)
+def test_margin_is_the_mean_below_zero(float64, scale, bias):
+    def density(x):
+        return np.exp(-0.5 * ((x - bias) / scale) ** 2)
+
+    def integral(function):
+        below = -20.0 * abs(scale)
+        return scipy.integrate.quad(function, below, 0.0, epsabs=0.0, epsrel=1e-11)[0]
+
+    expected = integral(lambda x: x * density(x)) / integral(density)
+    margin = features.overhaul_margin(jnp.array(scale), jnp.array(bias), form="paper")
+    np.testing.assert_allclose(margin, expected, rtol=1e-9)

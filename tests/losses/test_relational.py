@@ -17,6 +17,12 @@ def _maps(shape, seed):
 STUDENT, TEACHER = det((8, 12), 7), det((8, 20), 8)
 NARROW, WIDE = det((8, 12), 7), det((8, 12), 9)
 FOUR, SIX = _maps((8, 4, 4, 4), 5), _maps((8, 6, 4, 4), 4)
+FLOW = (
+    _maps((8, 6, 4, 4), 3),
+    _maps((8, 5, 4, 4), 11),
+    SIX,
+    _maps((8, 5, 4, 4), 12),
+)
 
 
 def _mean(loss):
@@ -24,7 +30,11 @@ def _mean(loss):
 
 
 def _unit(rows):
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / (rows**2).sum(axis=1, keepdims=True) ** 0.5
+
+
+def _flow(form):
+    return _mean(functools.partial(relational.flow_of_solution_procedure, form=form))
 
 
 GOLDEN = {
@@ -70,6 +80,14 @@ GOLDEN = {
         0.00406542586043,
         0.004036489437,
     ),
+    "distance, unit length": (
+        lambda s, t: 25.0 * relational.relational_distance(_unit(s), _unit(t)),
+        (STUDENT, TEACHER),
+        0.257347053093,
+        0.2207687985,
+    ),
+    "flow": (_flow("paper"), FLOW, 0.0149514305256, 0.002390332276),
+    "flow, norms": (_flow("norms"), FLOW, 1.43650092229, 0.1174107897),
     "selectivity": (
         _mean(relational.neuron_selectivity_transfer),
         (FOUR, SIX),
@@ -82,26 +100,13 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(float64, name):
     loss, arrays, golden, length = GOLDEN[name]
-    value, gradient = jax.value_and_grad(loss)(*map(jnp.asarray, arrays))
-    np.testing.assert_allclose(value, golden, rtol=1e-9)
-    if length is not None:
-        np.testing.assert_allclose(jnp.linalg.norm(gradient), length, rtol=1e-9)
-    narrow = [jnp.asarray(array, jnp.float32) for array in arrays]
-    np.testing.assert_allclose(loss(*narrow), golden, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("form", "golden"), [("paper", 0.0149514305256), ("norms", 1.43650092229)]
-)
-def test_flow_golden(float64, form, golden):
-    maps = [
-        _maps((8, 6, 4, 4), 3),
-        _maps((8, 5, 4, 4), 11),
-        _maps((8, 6, 4, 4), 4),
-        _maps((8, 5, 4, 4), 12),
-    ]
-    value = relational.flow_of_solution_procedure(*maps, form=form)
-    np.testing.assert_allclose(value.mean(), golden, rtol=1e-9)
+    of = jax.jit(jax.value_and_grad(loss))
+    for dtype, tolerance in ((jnp.float64, 1e-9), (jnp.float32, 1e-5)):
+        value, gradient = of(*(jnp.asarray(array, dtype) for array in arrays))
+        np.testing.assert_allclose(value, golden, rtol=tolerance)
+        if length is not None:
+            size = jnp.linalg.norm(gradient)
+            np.testing.assert_allclose(size, length, rtol=tolerance)
 
 
 def test_a_weight_of_zero_leaves_its_part_out():

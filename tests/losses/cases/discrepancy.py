@@ -44,6 +44,13 @@ CASES = [
     _mmd("linear", estimator="linear", bandwidth=2.0),
     _mmd("block", estimator="block", block_size=3, bandwidth=(1.0, 3.0)),
     _mmd("median", bandwidth="median"),
+    _mmd(
+        "fourier",
+        estimator="fourier",
+        bandwidth=(1.0, 3.0),
+        frequencies=8,
+        key=jax.random.key(3),
+    ),
     _mmd("weighted", bandwidth=(1.0, 3.0), kernel_weights=(0.2, 0.8)),
     *map(_preset, ("xlearn", "deepda", "tllib", "pytorch_adapt", "dassl")),
     _preset("tllib_linear", (SOURCE, np.roll(SOURCE, 1, axis=1) + 0.3)),

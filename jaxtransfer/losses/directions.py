@@ -1,0 +1,22 @@
+"""Arrays scaled to length 1, whatever their size."""
+
+import jax
+import jax.numpy as jnp
+
+
+def unit(values, axis=-1):
+    """The values at Euclidean length 1 along some axes; 0 stays 0, without gradient."""
+    values = scaled(values, axis)
+    squares = jnp.sum(values**2, axis=axis, keepdims=True)
+    return values / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
+
+
+def scaled(values, axis=-1):
+    """The values over the largest of them: no square of one over- or underflows.
+
+    The largest is no part of the gradient, for what does not depend on it in the end.
+    """
+    largest = jnp.max(jnp.abs(values), axis=axis, keepdims=True, initial=0.0)
+    some = largest >= jnp.finfo(values.dtype).tiny
+    scale = jax.lax.stop_gradient(jnp.where(some, largest, 1.0))
+    return jnp.where(some, values / scale, 0.0)
