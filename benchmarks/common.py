@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import resource
 import statistics
 import sys
@@ -22,8 +23,9 @@ def interleave(
 ) -> dict[str, float]:
     """Time candidates in turn, so that a noisy neighbour disturbs all alike.
 
-    Each runs twice in its turn and the second run counts: what the candidate before it
-    left in the caches, and threads of it that still spin, are no part of its time.
+    In every round they come in another order, and those that take less than a tenth of
+    a second run once more before they are timed: what the one before left in the
+    caches, and its threads that still spin, are no part of their time.
 
     Args:
         candidates: what to run, by name; each is run once before, to compile.
@@ -32,15 +34,23 @@ def interleave(
     Returns:
         Median seconds by name.
     """
-    for run in candidates.values():
+
+    def seconds(run):
+        start = time.perf_counter()
         jax.block_until_ready(run())
+        return time.perf_counter() - start
+
+    for run in candidates.values():
+        seconds(run)
+    quick = {name for name, run in candidates.items() if seconds(run) < 0.1}
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order, shuffled = list(candidates), random.Random(0)
     for _ in range(rounds):
-        for name, run in candidates.items():
-            jax.block_until_ready(run())
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
+        shuffled.shuffle(order)
+        for name in order:
+            if name in quick:
+                seconds(candidates[name])
+            times[name].append(seconds(candidates[name]))
     return {name: statistics.median(spent) for name, spent in times.items()}
 
 

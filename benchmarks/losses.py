@@ -4,14 +4,16 @@
 value and gradient, compiled, of batches of 256 with 1,000 classes, embeddings of 512
 and maps of 32 x 32 x 64. Both get the same numbers and must return the same value.
 Needs PyTorch (``pip install torch``). ``--memory`` adds what each holds beside its
-inputs: of the compiled program here, of a fresh process for the peer.
+inputs: of the compiled program here, by the profiler for the peer.
 """
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import pkgutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
-from benchmarks.common import in_fresh_process, interleave, peak_memory
+from benchmarks.common import interleave
 
 
 def rows() -> dict[str, peers.Row]:
@@ -67,12 +69,22 @@ def memory_of_jax(row: peers.Row) -> float:
     return (sizes.temp_size_in_bytes + sizes.output_size_in_bytes) / 1e6
 
 
-def memory_of_torch(name: str) -> float:
-    """MB that a process grows by in the first run, its inputs not counted."""
-    run = in_torch(rows()[name])
-    before = peak_memory()
-    run()
-    return 1e3 * (peak_memory() - before)
+def memory_of_torch(run) -> float:
+    """MB that a call holds at once beside its inputs, by PyTorch's own profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        results = run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    del results
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]"
+    )
+    return max(itertools.accumulate(change for _, change in changes)) / 1e6
 
 
 def main() -> None:
@@ -97,7 +109,7 @@ def main() -> None:
         ratio = seconds["jax"] / seconds["torch"]
         record[name] = {**seconds, "ratio": ratio, "of": row.of}
         if options.memory:
-            megabytes = memory_of_jax(row), in_fresh_process(memory_of_torch, name)
+            megabytes = memory_of_jax(row), memory_of_torch(theirs)
             record[name]["megabytes"] = dict(zip(seconds, megabytes, strict=True))
         milliseconds = [1e3 * seconds[key] for key in ("jax", "torch")]
         print(

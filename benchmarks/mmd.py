@@ -7,6 +7,8 @@ PyTorch if it is installed (``pip install torch``).
 """
 
 import functools
+import importlib.metadata
+import importlib.util
 import time
 
 import jax
@@ -16,11 +18,7 @@ import numpy as np
 from benchmarks.common import in_fresh_process, interleave, peak_memory, report
 from jaxtransfer import losses
 
-try:
-    import torch
-except ImportError:
-    torch = None
-
+HAS_TORCH = importlib.util.find_spec("torch") is not None
 RATIOS = (0.25, 0.5, 1.0, 2.0, 4.0)
 SMALL = ((64, 64, 512), (128, 128, 512), (256, 256, 512), (256, 256, 2048))
 LARGE = ((2048, 2048, 256), (4096, 4096, 256), (8192, 8192, 256))
@@ -72,6 +70,8 @@ def compiled(loss, size):
 
 def by_torch(loss, size):
     """The same in PyTorch."""
+    import torch  # here, so that it is no part of the memory of the others
+
     source, target, bandwidths = sets(*size)
     source, target = torch.from_numpy(source), torch.from_numpy(target)
     source.requires_grad_(), target.requires_grad_()
@@ -95,7 +95,7 @@ def candidates(size) -> dict:
     found = {"losses.mmd": (compiled, library), "Gram": (compiled, gram)}
     if (n + m) ** 2 * features <= BROADCAST_LIMIT:
         found["broadcast"] = (compiled, broadcast)
-    if torch is not None:
+    if HAS_TORCH:
         found["Gram, PyTorch"] = (by_torch, gram)
         if "broadcast" in found:
             found["broadcast, PyTorch"] = (by_torch, broadcast)
@@ -158,7 +158,7 @@ def main() -> None:
         calls = {
             key: make(form, size) for key, (make, form) in candidates(size).items()
         }
-        times = interleave(calls, rounds=20 if size in SMALL else 5)
+        times = interleave(calls, rounds=30 if size in SMALL else 3)
         seconds |= {f"{name}: {key}": value for key, value in times.items()}
         ratio[name] = {key: times["losses.mmd"] / value for key, value in times.items()}
         print(name, ratio[name], flush=True)
@@ -183,7 +183,7 @@ def main() -> None:
         peak_memory_gb=memory,
         fraction_of_the_limit=best,
         relative_error_in_float32=errors,
-        torch=getattr(torch, "__version__", None),
+        torch=importlib.metadata.version("torch") if HAS_TORCH else None,
     )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.maps import inner_axes
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.softened import mean_prediction
 from jaxtransfer.typing import AnyArray
 
 
@@ -56,7 +57,7 @@ def diversity(
 ) -> Float[Array, ""]:
     """Negative entropy of the mean prediction: least when all classes are predicted.
 
-    ``sum_c q_c log q_c`` with ``q = mean_i softmax(z_i)``, in log space.
+    ``sum_c q_c log q_c`` with ``q = mean_i softmax(z_i)``.
 
     Args:
         logits: [..., classes], finite.
@@ -78,11 +79,9 @@ def diversity(
         Maximization", NeurIPS 2010, sec. 2.
     """
     logits, where = _given(logits, where)
-    p = jax.nn.softmax(logits).reshape(-1, logits.shape[-1])
-    weights = jnp.ones(len(p)) if where is None else where.reshape(-1)
-    weights = weights.astype(p.dtype)
-    q = jnp.matmul(weights, p, precision=jax.lax.Precision.HIGHEST)
-    q = q / jnp.maximum(jnp.sum(weights), 1.0)
+    rows = logits.reshape(-1, logits.shape[-1])
+    weights = jnp.ones(len(rows)) if where is None else where.reshape(-1)
+    q = mean_prediction(rows, weights.astype(rows.dtype))
     return jnp.sum(q * jnp.log(jnp.where(q > 0, q, 1.0)))
 
 

@@ -3,15 +3,17 @@
 import jax
 import jax.numpy as jnp
 
+Axes = int | tuple[int, ...]
 
-def unit(values, axis=-1):
+
+def unit(values, axis: Axes = -1):
     """The values at Euclidean length 1 along some axes; 0 stays 0, without gradient."""
     values = scaled(values, axis)
     squares = jnp.sum(values**2, axis=axis, keepdims=True)
     return values / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
 
 
-def scaled(values, axis=-1):
+def scaled(values, axis: Axes = -1):
     """The values over the largest of them: no square of one over- or underflows.
 
     The largest is no part of the gradient, for what does not depend on it in the end.

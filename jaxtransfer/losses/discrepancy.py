@@ -252,7 +252,7 @@ def _by_frequencies(local, every, kernels, weights, frequencies, axis_name):
     shift, scales = jax.lax.stop_gradient((shift, jnp.sqrt(2.0 / kernels)))
     means = []
     for rows, chosen, count in zip((source, target), (u, v), counts, strict=True):
-        sums = fourier_sums(rows - shift, frequencies, scales=scales, weights=chosen)
+        sums = fourier_sums(rows - shift, frequencies, scales, weights=chosen)
         if axis_name is not None:
             sums = jax.lax.psum(sums, axis_name)
         means.append(sums / jnp.maximum(count, 1.0))

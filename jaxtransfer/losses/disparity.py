@@ -8,6 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.reduction import check_mask, mean, widen
+from jaxtransfer.losses.softened import mean_prediction
 from jaxtransfer.typing import AnyArray
 
 
@@ -102,14 +103,12 @@ def class_balance(
     # If no row counts, all do, as zeros: finite, and replaced at the end.
     logits = jnp.where(where[:, None], logits, 0.0)
     weights = jnp.where(any_counts, where, True).astype(logits.dtype)
-    count = jnp.sum(weights)
     if isinstance(epsilon, Tracer) or epsilon > 0:
-        p = jax.nn.softmax(logits)
-        mean = jnp.matmul(weights, p, precision=jax.lax.Precision.HIGHEST) / count
-        log_mean = jnp.log(mean + epsilon)
+        log_mean = jnp.log(mean_prediction(logits, weights) + epsilon)
     else:  # the mean may be too small for a float
         log_p = jax.nn.log_softmax(logits)
-        log_mean = jax.nn.logsumexp(log_p, axis=0, b=weights[:, None]) - jnp.log(count)
+        log_mean = jax.nn.logsumexp(log_p, axis=0, b=weights[:, None])
+        log_mean = log_mean - jnp.log(jnp.sum(weights))
     return jnp.where(any_counts, -jnp.mean(log_mean), 0.0)
 
 

@@ -265,9 +265,11 @@ def weighted_soft_label_distillation(
     """
     student, teacher, where = pair(student_logits, teacher_logits, where)
     is_label, valid = label_mask(student, labels, where)
-    loss_s = -_at(jax.nn.log_softmax(student), is_label)
-    loss_t = -_at(jax.nn.log_softmax(teacher), is_label)
-    weights = jax.lax.stop_gradient(-jnp.expm1(-loss_s / (loss_t + 1e-7)))
+    loss_s, loss_t = (
+        jax.nn.logsumexp(z, axis=-1) - _at(z, is_label)
+        for z in jax.lax.stop_gradient((student, teacher))
+    )
+    weights = -jnp.expm1(-loss_s / (loss_t + 1e-7))
     scale, log_q, log_p = soften(
         temperature, student.shape[:-1], where, student, teacher
     )

@@ -89,11 +89,12 @@ def l1_sp(
         Convolutional Networks", ICML 2018, sec. 3.
     """
     differences = _differences(params, anchor).values()
-    # The derivative of jnp.abs is 1 at 0, which would push off the anchor.
-    return _sum(
-        jnp.sum(difference * jax.lax.stop_gradient(jnp.sign(difference)))
-        for difference in differences
-    )
+
+    def size(x):
+        # The derivative of jnp.abs is 1 at 0, which would push off the anchor.
+        return jnp.where(x > 0, x, jnp.where(x < 0, -x, 0.0 * x))
+
+    return _sum(jnp.sum(size(difference)) for difference in differences)
 
 
 def elastic_weight_consolidation(

@@ -50,6 +50,15 @@ def check_positive(name, value):
         raise ValueError(f"{name} must be positive, got {value}.")
 
 
+def mean_prediction(logits, weights) -> Array:
+    """``sum_i w_i softmax(z_i) / max(sum_i w_i, 1)`` [classes], of rows z."""
+    raised = jnp.exp(
+        logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
+    )
+    shares = weights / jnp.maximum(jnp.sum(weights), 1.0) / jnp.sum(raised, axis=1)
+    return jnp.matmul(shares, raised, precision=jax.lax.Precision.HIGHEST)
+
+
 def kl_divergence(log_p, log_q) -> Array:
     """``sum_c p_c (log p_c - log q_c)``; classes of probability 0 under p add 0."""
     p = jnp.exp(log_p)

@@ -75,11 +75,11 @@ def attention_matching(
         raise ValueError(f'loss must be "mse" or "cross_entropy", got {loss!r}.')
     if softmax not in ("real", "all"):
         raise ValueError(f'softmax must be "real" or "all", got {softmax!r}.')
-    queries = keys = None
+    queries = keys = pairs = None
     if where is not None:
         queries, keys = _queries_and_keys(where, student.shape)
+        pairs = keys & queries[..., None]
     if loss == "mse":
-        pairs = None if keys is None else keys & queries[..., None]
         student, teacher = (_fill(s, pairs, 0.0) for s in (student, teacher))
         # The false branch sees no -inf, whose difference has no gradient.
         student, teacher = (
@@ -378,10 +378,13 @@ def _only_real(scores, queries, keys):
 
 def _cross_entropy(student, teacher, queries, keys, only_real):
     among = keys if only_real else None
-    p = jax.nn.softmax(_only_real(teacher, queries, among))
-    log_q = jax.nn.log_softmax(_only_real(student, queries, among))
-    seen = p > 0 if keys is None else (p > 0) & keys
-    return -jnp.sum(p * jnp.where(seen, log_q, 0.0), axis=-1)
+    p = _fill(jax.nn.softmax(_only_real(teacher, queries, among)), keys, 0.0)
+    student = _only_real(student, queries, among)
+    student = student - jax.lax.stop_gradient(jnp.max(student, -1, keepdims=True))
+    # sum_j p_j (log sum_k exp s_k - s_j), without log q as a matrix of its own.
+    log_total = jnp.log(jnp.sum(jnp.exp(student), axis=-1))
+    agreement = jnp.sum(p * jnp.where(p > 0, student, 0.0), axis=-1)
+    return jnp.sum(p, axis=-1) * log_total - agreement
 
 
 def _divergence(student, teacher, where):

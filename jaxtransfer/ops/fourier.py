@@ -10,8 +10,8 @@ from jaxtransfer.ops.varying import vary, varying_axes
 def fourier_sums(
     x: Float[Array, "n features"],
     frequencies: Float[Array, "features frequencies"],
-    *,
     scales: Float[Array, " kernels"],
+    *,
     weights: Float[Array, " n"] | None = None,
     chunk_size: int = 1024,
 ) -> Float[Array, "kernels 2 frequencies"]:
@@ -38,7 +38,7 @@ def fourier_sums(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> sums = fourier_sums(jnp.zeros((3, 2)), jnp.ones((2, 1)), scales=jnp.ones(1))
+        >>> sums = fourier_sums(jnp.zeros((3, 2)), jnp.ones((2, 1)), jnp.ones(1))
         >>> sums.tolist()
         [[[3.0], [0.0]]]
 

@@ -219,9 +219,12 @@ def _tile(rows, weights, kernel, of_one):
         for w, b in zip(kernel_weights, inverse, strict=True)
     ]
     values = sum(terms) - offset
+    slopes = [term * b for term, b in zip(terms, inverse, strict=True)]
+    slope = -2.0 * jnp.asarray(sum(slopes))
     if of_one:
-        values = jnp.where(jnp.eye(len(first), dtype=bool), 0.0, values)
-    slope = -2.0 * sum(term * b for term, b in zip(terms, inverse, strict=True))
+        itself = jnp.eye(len(first), dtype=bool)
+        # Its slope moves nothing, but under a narrow kernel its rounding would.
+        values, slope = (jnp.where(itself, 0.0, v) for v in (values, slope))
     return weights[0] @ (values @ weights[1]), slope
 
 

@@ -19,7 +19,7 @@ def test_chunks_change_nothing():
             sums = ops.fourier_sums(
                 rows,
                 frequencies,
-                scales=jnp.asarray(SCALES),
+                jnp.asarray(SCALES),
                 weights=weights,
                 chunk_size=chunk_size,
             )
@@ -39,7 +39,7 @@ def test_memory_does_not_grow_with_the_rows():
     def temporary(n):
         def total(rows):
             sums = ops.fourier_sums(
-                rows, jnp.ones((4, 64)), scales=jnp.ones(2), chunk_size=128
+                rows, jnp.ones((4, 64)), jnp.ones(2), chunk_size=128
             )
             return jnp.sum(sums**2)
 
@@ -53,8 +53,6 @@ def test_memory_does_not_grow_with_the_rows():
 
 def test_says_what_is_wrong(types_unchecked):
     with pytest.raises(ValueError, match=r"frequencies \[features, frequencies\], got"):
-        ops.fourier_sums(jnp.ones((2, 3)), jnp.ones((2, 4)), scales=jnp.ones(1))
+        ops.fourier_sums(jnp.ones((2, 3)), jnp.ones((2, 4)), jnp.ones(1))
     with pytest.raises(ValueError, match="chunk_size must be positive, got 0"):
-        ops.fourier_sums(
-            jnp.ones((2, 3)), jnp.ones((3, 4)), scales=jnp.ones(1), chunk_size=0
-        )
+        ops.fourier_sums(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones(1), chunk_size=0)
