@@ -140,11 +140,14 @@ def _pass(tile, axis_name, with_slopes, x, y, u, v, *kernel):
     # Short sets need no tile longer than they are.
     tile = min(tile, max(len(x), len(y), 1))
     rows, weights = (_padded(*pair, tile) for pair in ((x, y), (u, v)))
-    # A product of slopes with these gives their sums too, in the last column.
-    columns = weights[:, None] * jnp.pad(rows, ((0, 0), (0, 1)), constant_values=1.0)
 
     def cut(array, start):
         return jax.lax.dynamic_slice_in_dim(array, start * tile, tile)
+
+    def columns(start):
+        """Weighted rows and weights: a product with slopes gives their sums too."""
+        extended = jnp.pad(cut(rows, start), ((0, 0), (0, 1)), constant_values=1.0)
+        return extended * cut(weights, start)[:, None]
 
     def step(carry, where, of_one):
         """One tile: of the pairs within one stretch of rows, or of two stretches."""
@@ -159,14 +162,15 @@ def _pass(tile, axis_name, with_slopes, x, y, u, v, *kernel):
         if with_slopes:
             slope = live * orders * slope
             plane = (kind == 2).astype(jnp.int32)
-            slopes = _added(slopes, plane, p * tile, _product(slope, cut(columns, q)))
+            slopes = _added(slopes, plane, p * tile, _product(slope, columns(q)))
             if not of_one:
-                moved = _product(slope.T, cut(columns, p))
+                moved = _product(slope.T, columns(p))
                 slopes = _added(slopes, plane, q * tile, moved)
         return (totals, lost, slopes), None
 
     zeros = jnp.zeros(3, rows.dtype)
-    slopes = jnp.zeros((2, *columns.shape) if with_slopes else (), rows.dtype)
+    shape = (2, len(rows), x.shape[1] + 1) if with_slopes else ()
+    slopes = jnp.zeros(shape, rows.dtype)
     carry = zeros, zeros, slopes
     for of_one in (True, False):
         order = _tiles(-(-len(x) // tile), -(-len(y) // tile), of_one, axis_name)
