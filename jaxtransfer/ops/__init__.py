@@ -1,6 +1,7 @@
 """Array operations that the losses, networks and methods are built from."""
 
 from jaxtransfer.ops.chunked import chunked_mean
+from jaxtransfer.ops.footprint import traced_bytes
 from jaxtransfer.ops.fourier import fourier_sums
 from jaxtransfer.ops.kernels import (
     mean_squared_distance,
@@ -14,6 +15,7 @@ from jaxtransfer.ops.ramps import cosine, dann, linear, progress
 from jaxtransfer.ops.reversal import gradient_reversal
 from jaxtransfer.ops.shuffle import shuffled
 from jaxtransfer.ops.varying import vary, varying_axes
+from jaxtransfer.ops.winograd import winograd_conv
 
 __all__ = [
     "adaptive_average_pool",
@@ -31,6 +33,8 @@ __all__ = [
     "self_squared_distances",
     "shuffled",
     "squared_distances",
+    "traced_bytes",
     "vary",
     "varying_axes",
+    "winograd_conv",
 ]

@@ -44,6 +44,48 @@ def test_conv_equals_lax_in_value_and_gradients(strides, padding, window):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 3))])
+@pytest.mark.parametrize("size", [(7, 6), (4, 3)])
+def test_winograd_equals_lax_in_value_and_gradients(padding, size):
+    inputs, kernel = _inputs((2, *size, 3)), _inputs((3, 3, 3, 4), 1)
+
+    def total(conv, inputs, kernel):
+        return jnp.sum(jnp.sin(conv(inputs, kernel)))
+
+    ours = functools.partial(ops.conv, padding=padding, algorithm="winograd")
+    theirs = functools.partial(_lax_conv, strides=(1, 1), padding=padding)
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(total, conv), argnums=(0, 1)))(
+            inputs, kernel
+        )
+        for conv in (ours, theirs)
+    ]
+    for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_winograd_is_no_less_exact_than_lax_and_costs_less():
+    inputs, kernel = _inputs((4, 8, 8, 64)), _inputs((3, 3, 64, 64), 1)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (inputs, kernel)]
+        exact = np.asarray(_lax_conv(*wide, (1, 1), "SAME"))
+    theirs = _lax_conv(inputs, kernel, (1, 1), "SAME")
+    flops = {}
+    for algorithm in ("auto", "patches", "winograd"):
+        run = jax.jit(functools.partial(ops.conv, algorithm=algorithm))
+        got = run(inputs, kernel)
+        assert np.abs(got - exact).max() <= np.abs(theirs - exact).max()
+        flops[algorithm] = run.lower(inputs, kernel).compile().cost_analysis()["flops"]
+    assert flops["auto"] == flops["winograd"] < 0.55 * flops["patches"]
+
+
+def test_winograd_refuses_other_windows(types_unchecked):
+    with pytest.raises(ValueError, match="3x3 windows of step 1"):
+        ops.conv(_inputs(), _inputs((3, 3, 3, 4)), strides=2, algorithm="winograd")
+    with pytest.raises(ValueError, match="algorithm must be"):
+        ops.conv(_inputs(), _inputs((3, 3, 3, 4)), algorithm="fast")
+
+
 def test_conv_with_one_kernel_per_task():
     inputs, kernels = _inputs((3, 2, 6, 6, 3)), _inputs((3, 3, 3, 3, 4), 1)
     conv = functools.partial(ops.conv, strides=2)

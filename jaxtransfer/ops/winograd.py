@@ -1,0 +1,93 @@
+"""Winograd's convolution: 3x3 windows with 16 products where others take 36."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Y = A^T [(G g G^T) * (B^T d B)] A for 2x2 outputs of 4x4 inputs.
+_KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def winograd_conv(
+    inputs: Float[Array, "... height width channels"],
+    kernel: Float[Array, "3 3 channels features"],
+    *,
+    precision=None,
+) -> Float[Array, "... height_out width_out features"]:
+    r"""Convolution of 3x3 windows at every position, by Winograd's F(2x2, 3x3).
+
+    .. math:: Y = A^\top \left[(G g G^\top) \odot (B^\top d B)\right] A
+
+    for each 2x2 block of outputs: 16 products a pair of channels instead of 36, as 16
+    matrix products over all blocks, from a third less memory than patches take. In
+    float32 its rounding error is two to three times that of the plain sum.
+
+    Args:
+        inputs: [..., height, width, channels], padded already; at least 3 x 3.
+        kernel: [3, 3, channels, features].
+        precision: Precision of the products, as in ``jax.numpy.matmul``.
+
+    Returns:
+        [..., height - 2, width - 2, features].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> winograd_conv(jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 1)))[0, 0, 0]
+        Array([18.], dtype=float32)
+
+    Reference:
+        Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016,
+        section 4.1.
+    """
+    *lead, height, width, channels = inputs.shape
+    features = kernel.shape[-1]
+    rows, columns = (height - 1) // 2, (width - 1) // 2  # blocks of 2 x 2 outputs
+    fill = [(0, 2 * rows + 2 - height), (0, 2 * columns + 2 - width)]
+    inputs = jnp.pad(inputs, [(0, 0)] * len(lead) + fill + [(0, 0)])
+    # Every position of a 4 x 4 block is a run of pairs: no strided reads.
+    pairs = inputs.reshape(*lead, rows + 1, 2, columns + 1, 2, channels)
+
+    def turned(even, odd, size, axis):
+        first, third = _both_ends(even, size, axis)
+        second, fourth = _both_ends(odd, size, axis)
+        return first - third, second + third, third - second, second - fourth
+
+    blocks = []
+    depth = len(lead)
+    for strip in turned(pairs[..., 0, :, :, :], pairs[..., 1, :, :, :], rows, depth):
+        blocks += turned(strip[..., 0, :], strip[..., 1, :], columns, depth + 1)
+    count = rows * columns
+    for size in lead:
+        count *= size
+    g = jnp.asarray(_KERNEL, kernel.dtype)
+    weights = jnp.einsum("ia,jb,abcf->ijcf", g, g, kernel, precision=precision)
+    weights = weights.reshape(16, channels, features)
+    products = [
+        jnp.matmul(block.reshape(count, channels), weights[n], precision=precision)
+        for n, block in enumerate(blocks)
+    ]
+
+    def gathered(parts):
+        first, second, third, fourth = parts
+        return first + second + third, second - third - fourth
+
+    by_row = [gathered([products[4 * i + j] for i in range(4)]) for j in range(4)]
+    halves = []
+    for half in range(2):
+        pair = gathered([of_column[half] for of_column in by_row])
+        pair = [part.reshape(*lead, rows, columns, 1, features) for part in pair]
+        halves.append(jnp.concatenate(pair, axis=-2)[..., None, :, :, :])
+    outputs = jnp.concatenate(halves, axis=-4)  # [..., rows, 2, columns, 2, features]
+    outputs = outputs.reshape(*lead, 2 * rows, 2 * columns, features)
+    return outputs[..., : height - 2, : width - 2, :]
+
+
+def _both_ends(values, size, axis):
+    """All but the last and all but the first along an axis."""
+    return (
+        jax.lax.slice_in_dim(values, 0, size, axis=axis),
+        jax.lax.slice_in_dim(values, 1, size + 1, axis=axis),
+    )
+
+
+__all__ = ["winograd_conv"]
