@@ -17,7 +17,11 @@ from jaxtransfer.data.records import ArrayRecords, Decoder, Source
 DATA_DIR_VARIABLE = "JAXTRANSFER_DATA_DIR"
 _DIGITS_SPLIT_SIZES = {"train": 1297, "test": 500}
 _NAMES = {"image": "inputs", "label": "labels"}
-_OWN_BUILDERS = {"usps": "usps.h5", "mnist_m": "mnist_m.zip"}
+_OWN_BUILDERS = {
+    "usps": "usps.h5",
+    "mnist_m": "mnist_m.zip",
+    "movielens_100k": "u.data, u.user and u.item",
+}
 
 
 def data_places(data_dir: str | os.PathLike[str] | None = None) -> list[pathlib.Path]:

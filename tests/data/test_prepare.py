@@ -211,3 +211,65 @@ def test_a_record_file_cut_short_is_damaged(tmp_path):
     path.write_bytes(path.read_bytes()[:10_000])
     with pytest.raises(ValueError, match="is damaged"):
         data.load("usps", data_dir=tmp_path / "d")
+
+
+FILM = "|".join(["", "http://x", *"0000100010000000000"])
+
+
+def write_movielens(folder, **changed):
+    """A release of three users and two films; `changed` replaces whole files."""
+    files = {
+        "u.user": "1|24|M|technician|85711\n2|7|F|student|T8H1N\n3|73|F|none|00000\n",
+        "u.item": f"1|Café (1990)|01-Jan-1990|{FILM}\n2|unknown||{FILM}\n",
+        "u.data": "2\t2\t3\t881250949\n1\t1\t5\t881250950\n1\t2\t1\t881250951\n",
+    } | {name.replace("_", "."): text for name, text in changed.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_bytes(text.encode("latin-1"))
+
+
+def test_movielens(tmp_path, capsys):
+    """One example a user, with the fields of its films; numbers count from 0."""
+    write_movielens(tmp_path / "raw" / "ml-100k")
+    assert run("movielens_100k", tmp_path) == 0
+    assert "train 3" in capsys.readouterr().out
+    source = data.load("movielens_100k", data_dir=tmp_path / "d")
+    first, second, third = sorted(source, key=lambda example: int(example["user"]))
+    assert first["items"].tolist() == [0, 1]
+    assert first["ratings"].tolist() == [5, 1]
+    assert first["years"].tolist() == [1990, 0]
+    assert first["genres"].shape == (2, 19)
+    assert np.flatnonzero(first["genres"][0]).tolist() == [4, 8]
+    assert first["titles"][0].decode() == "Café (1990)"
+    assert (int(first["gender"]), int(second["gender"])) == (1, 0)
+    assert bytes(second["zip_code"]).decode() == "T8H1N"
+    assert third["items"].shape == (0,) and third["genres"].shape == (0, 19)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"u_data": "1\t1\t6\t0\n"}, "u.data is damaged: line 1: rating '6'"),
+        ({"u_data": "1\t3\t5\t0\n"}, "item '3' is not in 1..2"),
+        ({"u_data": "1\t1\t5\t0\n1\t2\t4"}, "line 2 has 3 columns, not 4"),
+        ({"u_data": "1\t1\t5\t0\n1\t1\t4\t0\n"}, "a user rates an item twice"),
+        ({"u_data": ""}, "u.data is damaged: it is empty"),
+        ({"u_user": "2|24|M|technician|85711\n"}, "line 1 is of number '2'"),
+        ({"u_user": "1|24|M|wizard|85711\n"}, "occupation 'wizard' is none of"),
+        ({"u_item": f"1|x|01-Jan-90|{FILM}\n"}, "year of release '90'"),
+    ],
+)
+def test_damaged_movielens(tmp_path, capsys, changed, message):
+    """File and line are named, and nothing half-made can be loaded."""
+    write_movielens(tmp_path / "raw", **changed)
+    assert run("movielens_100k", tmp_path) == 1
+    assert message in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="put u.data, u.user and u.item in"):
+        data.load("movielens_100k", data_dir=tmp_path / "d")
+
+
+def test_movielens_needs_all_three_files(tmp_path, capsys):
+    write_movielens(tmp_path / "raw")
+    (tmp_path / "raw" / "u.item").unlink()
+    assert run("movielens_100k", tmp_path) == 1
+    assert "u.item doesn't exist" in capsys.readouterr().err
