@@ -4,15 +4,18 @@ Each but ``ResNet`` ends in a module ``head`` on a module ``features``, whose ou
 is the tap that transfer usually reads.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.nets.context import ConcatenatedContext, Context
 from jaxtransfer.nets.layers import PatchConv
+from jaxtransfer.nets.task_norm import TaskNorm
 from jaxtransfer.ops import max_pool
 from jaxtransfer.typing import AnyArray
 
@@ -40,6 +43,8 @@ class MLP(nn.Module):
         widths: widths of the hidden layers.
         activation: after each hidden layer.
         dropout: rate after each hidden layer, 0 … 1.
+        context: numbers of a context appended to the inputs, for
+            :func:`~jaxtransfer.methods.meta.cavia`; 0 is none.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -52,12 +57,16 @@ class MLP(nn.Module):
     widths: tuple[int, ...] = (64, 64)
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dropout: float = 0.0
+    context: int = 0
 
     @nn.compact
     def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         """Map ``[batch, ...]`` to ``[batch, outputs]``."""
+        x = jnp.reshape(inputs, (len(inputs), -1))
+        if self.context:
+            x = ConcatenatedContext(self.context, name="context")(x)
         x = _DenseFeatures(self.widths, self.activation, self.dropout, name="features")(
-            inputs, train=train
+            x, train=train
         )
         return nn.Dense(self.outputs, name="head")(x)
 
@@ -150,18 +159,41 @@ class LeNet(nn.Module):
         return nn.Dense(self.outputs, name="head")(x)
 
 
+Norm = Literal["batch", "group", "layer", "task", "none"]
+
+
+def _normalized(norm: Norm, inputs: jax.Array, train: bool) -> jax.Array:
+    """One of the normalisations of :class:`Conv4`, called ``norm``."""
+    if norm == "batch":
+        # Momentum 0: the running statistics are those of the last batch in training
+        # mode, so a task's query can be normalised by its support.
+        layer = nn.BatchNorm(use_running_average=not train, momentum=0.0, name="norm")
+    elif norm == "task":
+        layer = TaskNorm(use_running_average=not train, name="norm")
+    elif norm == "group":
+        layer = nn.GroupNorm(math.gcd(8, inputs.shape[-1]), name="norm")
+    elif norm == "layer":
+        layer = nn.GroupNorm(1, name="norm")
+    elif norm == "none":
+        return inputs
+    else:
+        raise ValueError(
+            f'norm: got {norm!r}; choose "batch", "group", "layer", "task" or "none"'
+        )
+    return layer(inputs)
+
+
 class _Conv4Block(nn.Module):
     filters: int
     strided: bool
+    norm: Norm
     conv: Callable[..., Any]
 
     @nn.compact
     def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         strides = (2, 2) if self.strided else (1, 1)
         x = self.conv(self.filters, (3, 3), strides=strides, name="conv")(inputs)
-        # Momentum 0: the running statistics are those of the last batch in training
-        # mode, so a task's query can be normalised by its support.
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.0, name="norm")(x)
+        x = _normalized(self.norm, x, train)
         x = nn.relu(x)
         return x if self.strided else max_pool(x)
 
@@ -170,6 +202,8 @@ class _Conv4Features(nn.Module):
     filters: int
     strided: bool
     pooled: bool
+    norm: Norm
+    context: int
     conv: Callable[..., Any]
 
     @nn.compact
@@ -177,9 +211,11 @@ class _Conv4Features(nn.Module):
         x = jnp.asarray(inputs)
         for number in range(4):
             block = _Conv4Block(
-                self.filters, self.strided, self.conv, name=f"block_{number}"
+                self.filters, self.strided, self.norm, self.conv, name=f"block_{number}"
             )
             x = block(x, train=train)
+            if number == 2 and self.context:
+                x = Context(self.context, name="context")(x)
         return x.mean(axis=(1, 2)) if self.pooled else x.reshape(len(x), -1)
 
 
@@ -192,8 +228,15 @@ class Conv4(nn.Module):
         strided: stride 2 (Omniglot) or 2x2 max pooling (mini-ImageNet).
         pooled: mean over the last positions (the reference's Omniglot network) or all
             of them.
+        norm: normalisation after each convolution: over the batch, over groups of 8
+            channels, over all channels of an image, :class:`TaskNorm`, or none.
+        context: numbers of a context that modulates the third block's output, for
+            :func:`~jaxtransfer.methods.meta.cavia`; 0 is none.
         conv: convolution layer; the default is fast when every task has kernels of
             its own.
+
+    Raises:
+        ValueError: (in init) an unknown normalisation.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -202,20 +245,29 @@ class Conv4(nn.Module):
         (2, 5)
 
     References:
-        Vinyals et al., *Matching networks*, NeurIPS 2016; strides: Finn et al., 2017.
+        Vinyals et al., *Matching networks*, NeurIPS 2016; strides: Finn et al., 2017;
+        context after the third block: Zintgraf et al., 2019.
     """
 
     outputs: int
     filters: int = 64
     strided: bool = True
     pooled: bool = True
+    norm: Norm = "batch"
+    context: int = 0
     conv: Callable[..., Any] = PatchConv
 
     @nn.compact
     def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         """Map images ``[batch, height, width, channels]`` to ``[batch, outputs]``."""
         x = _Conv4Features(
-            self.filters, self.strided, self.pooled, self.conv, name="features"
+            self.filters,
+            self.strided,
+            self.pooled,
+            self.norm,
+            self.context,
+            self.conv,
+            name="features",
         )(inputs, train=train)
         return nn.Dense(self.outputs, name="head")(x)
 

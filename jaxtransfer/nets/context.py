@@ -1,0 +1,67 @@
+"""A context: a few parameters that tell a network which task it is in (CAVIA)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Context(nn.Module):
+    """Modulate features by a context vector that is a parameter of its own.
+
+    ``x * (1 + A c) + B c`` channel by channel (FiLM), with ``c`` the parameter
+    ``value``, 0 in the beginning.
+
+    Attributes:
+        size: numbers of the context.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = Context(3)
+        >>> x, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 4)))
+        >>> x.tolist() == jnp.ones((2, 4)).tolist(), variables["params"]["value"].shape
+        (True, (3,))
+
+    References:
+        Zintgraf et al., *Fast context adaptation via meta-learning*, ICML 2019,
+        section 3.2; FiLM: Perez et al., AAAI 2018.
+    """
+
+    size: int
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Map ``[..., channels]`` to the same shape."""
+        context = self.param("value", nn.initializers.zeros, (self.size,))
+        channels = inputs.shape[-1]
+        scale = nn.Dense(channels, name="scale")(context)
+        shift = nn.Dense(channels, name="shift")(context)
+        return inputs * (1 + scale) + shift
+
+
+class ConcatenatedContext(nn.Module):
+    """Append a context vector that is a parameter of its own to every row.
+
+    Attributes:
+        size: numbers of the context.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = ConcatenatedContext(3)
+        >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 4)))[0].shape
+        (2, 7)
+
+    References:
+        Zintgraf et al., ICML 2019, section 3.2, eq. 6.
+    """
+
+    size: int
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Map ``[rows, features]`` to ``[rows, features + size]``."""
+        context = self.param("value", nn.initializers.zeros, (self.size,))
+        rows = jnp.broadcast_to(context, (*inputs.shape[:-1], self.size))
+        return jnp.concatenate([inputs, rows.astype(inputs.dtype)], axis=-1)
+
+
+__all__ = ["ConcatenatedContext", "Context"]
