@@ -1,5 +1,5 @@
 """Ways of transferring knowledge: each a function that returns an objective."""
 
-from jaxtransfer.methods import adapt, distill, features, finetune, maml
+from jaxtransfer.methods import adapt, distill, features, finetune, meta
 
-__all__ = ["adapt", "distill", "features", "finetune", "maml"]
+__all__ = ["adapt", "distill", "features", "finetune", "meta"]

@@ -5,17 +5,15 @@ the start point (``frozen["anchor"]``).
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxtransfer import losses, tree
-from jaxtransfer.train import metrics
+from jaxtransfer.methods import _supervised
+from jaxtransfer.methods._supervised import Loss, supervised
 from jaxtransfer.typing import (
     Batch,
     Frozen,
-    Inputs,
     Metrics,
     Model,
     ModelState,
@@ -56,7 +54,7 @@ def split(
 def objective(
     model: Model,
     *,
-    loss: Callable[[Any, Any], jax.Array] = losses.cross_entropy,
+    loss: Loss = losses.cross_entropy,
     regularizer: Callable[[Params, Frozen], Scalar] | None = None,
     train: bool = True,
 ) -> Objective:
@@ -76,8 +74,8 @@ def objective(
 
     Returns:
         Objective over batches ``{"inputs" [batch, ...], "labels" [batch, ...]}``, with
-        ``"where" [batch]`` for rows that count. Metrics: ``task_loss`` and, for integer
-        labels, ``accuracy``.
+        ``"where" [batch]`` for rows that count and ``"classes" [classes]`` for classes
+        that there are. Metrics: ``task_loss`` and, for integer labels, ``accuracy``.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -94,6 +92,9 @@ def objective(
         Yosinski et al., *How transferable are features in deep neural networks?*,
         NeurIPS 2014. L2-SP: Li et al., ICML 2018, eq. 3.
     """
+    task = supervised(model, loss, train=train)
+    if regularizer is None:
+        return task
 
     def value(
         params: Params,
@@ -102,25 +103,8 @@ def objective(
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
-        held = frozen.get("params", {})
-        outputs, _, model_state = model.apply(
-            Variables(tree.combine(params, held), model_state),
-            batch["inputs"],
-            train=train,
-            key=key,
-            held=tree.held_modules(params, held),
-        )
-        labels, where = batch["labels"], batch.get("where")
-        task = metrics.mean(loss(outputs, labels), where=where)
-        measured: Metrics = {"task_loss": task}
-        if jnp.issubdtype(labels.dtype, jnp.integer):
-            measured["accuracy"] = metrics.mean(
-                losses.accuracy(outputs, labels), where=where
-            )
-        total = task.total / jnp.maximum(task.count, 1)
-        if regularizer is not None:
-            total = total + regularizer(params, frozen)
-        return total, (model_state, measured)
+        total, rest = task(params, frozen, model_state, batch, key)
+        return total + regularizer(params, frozen), rest
 
     return value
 
@@ -134,14 +118,7 @@ def predict(model: Model) -> Predict:
     Returns:
         ``(params, frozen, model_state, inputs) -> outputs`` in evaluation mode.
     """
-
-    def run(
-        params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
-    ) -> Any:
-        whole = tree.combine(params, frozen.get("params", {}))
-        return model.apply(Variables(whole, model_state), inputs)[0]
-
-    return run
+    return _supervised.predict(model)
 
 
 __all__ = ["objective", "predict", "split"]

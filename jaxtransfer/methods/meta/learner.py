@@ -1,0 +1,245 @@
+"""The seam of meta-learning: a learner adapts to a task's support set.
+
+Every algorithm is a :class:`Learner`; :func:`~jaxtransfer.methods.meta.objective` makes
+of any of them the objective whose gradient is the meta-gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxtransfer import losses, tree
+from jaxtransfer.methods._supervised import Loss, predict, supervised
+from jaxtransfer.typing import (
+    Batch,
+    Frozen,
+    Model,
+    ModelState,
+    Objective,
+    Params,
+    Predict,
+    Variables,
+)
+
+Statistics = Literal["transductive", "support", "running"]
+"""Whose batch statistics normalise a task's images.
+
+- ``"transductive"``: of the examples that go through together: the support by its own,
+  the query by its own. As published by MAML and Reptile; a query's prediction depends
+  on the other queries.
+- ``"support"``: the support's, for both, of the parameters that are adapted. A query is
+  judged alone.
+- ``"running"``: those in the model state, for both; see ``collect`` of
+  :func:`~jaxtransfer.methods.meta.objective`.
+
+Networks without batch normalisation are the same under all three.
+"""
+
+Visit = Callable[[Any, ModelState], Any]
+"""``(task parameters, model state) -> arrays``, seen before and after each step."""
+
+
+class Adapted(NamedTuple):
+    """What a learner has made of a task.
+
+    Attributes:
+        params: what :attr:`Learner.query` and :attr:`Learner.predict` take.
+        model_state: statistics that belong to them.
+        visited: what ``visit`` returned, with a leading axis ``[steps + 1]``; the first
+            before any step, the last of ``params``. None without ``visit``.
+    """
+
+    params: Any
+    model_state: ModelState
+    visited: Any = None
+
+
+class Adapt(Protocol):
+    """The signature of :attr:`Learner.adapt`."""
+
+    def __call__(
+        self,
+        params: Params,
+        frozen: Frozen,
+        model_state: ModelState,
+        support: Batch,
+        key: jax.Array,
+        visit: Visit | None = None,
+    ) -> Adapted:
+        """Adapt to one task, differentiably."""
+        ...
+
+
+class Learner(NamedTuple):
+    """A way to learn a task from a few examples, as pure functions.
+
+    Attributes:
+        init: the meta-parameters, of the network's variables: the same, or with what
+            the learner learns besides (rates, an extra network).
+        adapt: ``(params, frozen, model_state, support, key, visit=None) -> Adapted``.
+        query: objective over the query examples: ``(Adapted.params, frozen,
+            Adapted.model_state, query, key) -> (loss, (model_state, metrics))``.
+        predict: ``(Adapted.params, frozen, Adapted.model_state, inputs) -> outputs``.
+        statistics: ``(params, frozen, model_state, support, key) -> model_state`` of
+            the support examples under the meta-parameters, to be collected; None if
+            there are none.
+    """
+
+    init: Callable[[Variables], Variables]
+    adapt: Adapt
+    query: Objective
+    predict: Predict | None = None
+    statistics: Callable[..., ModelState] | None = None
+
+
+class Task(NamedTuple):
+    """What is to be learned: the loss inside and the loss outside; see :func:`task`.
+
+    Attributes:
+        support: objective on the support examples.
+        query: objective on the query examples.
+        predict: outputs of adapted parameters.
+        statistics: ``(params, frozen, model_state, support, key) -> model_state`` that
+            a query is normalised by; None leaves the state as it is.
+        collected: the same signature: statistics of the support examples to be
+            collected; see ``collect`` of
+            :func:`~jaxtransfer.methods.meta.objective`. None if there are none.
+    """
+
+    support: Objective
+    query: Objective
+    predict: Predict | None = None
+    statistics: Callable[..., ModelState] | None = None
+    collected: Callable[..., ModelState] | None = None
+
+
+def batch_statistics(
+    task: Objective,
+    params: Params,
+    frozen: Frozen,
+    model_state: ModelState,
+    support: Batch,
+    key: jax.Array,
+) -> ModelState:
+    """Statistics of the support examples alone, whatever the layers' momentum.
+
+    A layer keeps ``m * old + (1 - m) * batch``, and its output in training mode does
+    not read ``old``; so two passes that differ in ``old`` alone (of which a compiled
+    program runs one) give ``m`` and the batch's statistics. What a pass does not change
+    stays as it is. With held layers, which are normalised by ``old``, it is the state
+    after one pass: exact for momentum 0.
+    """
+    if not jax.tree.leaves(model_state):
+        return model_state
+    if frozen.get("params"):  # held layers do read ``old``
+        return task(params, frozen, model_state, support, key)[1][0]
+
+    def left(old: ModelState) -> ModelState:
+        return task(params, frozen, old, support, key)[1][0]
+
+    def real(leaf: jax.Array) -> bool:
+        return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+    def solve(
+        of_zero: jax.Array, of_old: jax.Array, old: jax.Array, before: jax.Array
+    ) -> jax.Array:
+        if not real(before):
+            return before
+        kept = jax.lax.stop_gradient((of_old - of_zero) / old)
+        return jnp.where(kept < 1, of_zero / jnp.where(kept < 1, 1 - kept, 1), before)
+
+    of_zero = left(
+        jax.tree.map(lambda x: jnp.zeros_like(x) if real(x) else x, model_state)
+    )
+    # As large as the statistics are, so that the difference keeps its digits.
+    old = jax.tree.map(
+        lambda x: 1 + jnp.abs(jax.lax.stop_gradient(x)) if real(x) else x, of_zero
+    )
+    return jax.tree.map(solve, of_zero, left(old), old, model_state)
+
+
+def task(
+    model: Model,
+    *,
+    loss: Loss = losses.cross_entropy,
+    query_loss: Loss | None = None,
+    statistics: Statistics = "support",
+) -> Task:
+    r"""A supervised task of a network: classification, or regression.
+
+    Args:
+        model: the network.
+        loss: ``(outputs [rows, ...], labels [rows, ...]) -> [rows]``, inside and
+            outside.
+        query_loss: the loss outside, if it is another.
+        statistics: whose batch statistics normalise; see :data:`Statistics`.
+
+    Returns:
+        Objectives over ``{"inputs" [rows, ...], "labels" [rows, ...]}``, with ``"where"
+        [rows]`` for rows that count and ``"classes" [ways]`` for classes that there
+        are, so that tasks of different size share one compiled program.
+
+    Raises:
+        ValueError: an unknown name of statistics.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+        >>> from jaxtransfer.methods import meta
+        >>> from jaxtransfer.model import from_linen
+        >>> net = from_linen(nn.Dense(3))
+        >>> start = net.init(jax.random.key(0), jnp.ones((1, 2)))
+        >>> support = {"inputs": jnp.eye(2), "labels": jnp.array([0, 2])}
+        >>> learner = meta.maml(task(net), optax.sgd(1.0), steps=5)
+        >>> adapted = learner.adapt(*start[:1], {}, {}, support, jax.random.key(1))
+        >>> learner.predict(adapted.params, {}, {}, jnp.eye(2)).argmax(-1).tolist()
+        [0, 2]
+    """
+    if statistics not in ("transductive", "support", "running"):
+        raise ValueError(
+            f'statistics: got {statistics!r}; choose "transductive", "support" or '
+            '"running"'
+        )
+    train = statistics != "running"
+    own = statistics == "transductive"
+    outside = loss if query_loss is None else query_loss
+    in_training = supervised(model, loss, train=True)
+
+    def of_batch(*arguments: Any) -> ModelState:
+        return batch_statistics(in_training, *arguments)
+
+    return Task(
+        supervised(model, loss, train=train),
+        supervised(model, outside, train=own),
+        predict(model, train=own),
+        of_batch if train else None,
+        of_batch,
+    )
+
+
+def check_support(support: Batch) -> None:
+    """Refuse a task without examples.
+
+    Raises:
+        ValueError: no arrays, or arrays of no rows.
+    """
+    rows = {len(leaf) for name, leaf in support.items() if name != "classes"}
+    if 0 in rows or not rows:
+        raise ValueError("support: no examples to adapt on")
+
+
+def whole(params: Params, frozen: Frozen) -> dict[str, Any]:
+    """All parameters of a network, learned and held."""
+    return tree.combine(params, frozen.get("params", {}))
+
+
+__all__ = [
+    "Adapt",
+    "Adapted",
+    "Learner",
+    "Statistics",
+    "Task",
+    "Visit",
+    "task",
+]

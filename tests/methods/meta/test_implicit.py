@@ -1,0 +1,121 @@
+"""The implicit meta-gradient is that of a long unrolled adaptation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtransfer.methods import meta
+
+KEY = jax.random.key(0)
+STRENGTH = 1.5
+RANDOM = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def loss(params, frozen, model_state, batch, key):
+    """Logistic regression on features that a slow matrix makes: convex in "w"."""
+    outputs = jnp.tanh(batch["inputs"] @ params["body"]) @ params["w"]
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(outputs, batch["labels"])), (
+        model_state,
+        {},
+    )
+
+
+TASK = meta.Task(loss, loss)
+
+
+def start():
+    random = np.random.default_rng(1)
+    return {
+        "body": jnp.asarray(random.normal(size=(3, 4))),
+        "w": jnp.asarray(random.normal(size=4)),
+    }
+
+
+def episodes(tasks=2):
+    random = np.random.default_rng(2)
+
+    def part(rows):
+        inputs = random.normal(size=(tasks, rows, 3))
+        return {
+            "inputs": jnp.asarray(inputs),
+            "labels": jnp.asarray(random.random((tasks, rows)) < 0.5, jnp.float64),
+        }
+
+    return {"support": part(6), "query": part(5)}
+
+
+def gradient(learner, chunk=None):
+    objective = meta.objective(learner, chunk=chunk)
+
+    def value(params):
+        return objective(params, {}, {}, episodes(), KEY)[0]
+
+    return jax.jit(jax.value_and_grad(value))(start())
+
+
+@functools.cache
+def unrolled(rules):
+    inner = meta.proximal(optax.sgd(0.3), STRENGTH)
+    learner = meta.maml(TASK, inner, steps=300, rules=rules)
+    with jax.enable_x64(True):
+        return gradient(learner)
+
+
+@pytest.mark.parametrize("rules", [None, "w"])
+@pytest.mark.parametrize("solver", ["conjugate gradient", "neumann"])
+def test_it_is_that_of_long_unrolling(rules, solver):
+    learner = meta.implicit_maml(
+        TASK,
+        optax.sgd(0.3),
+        steps=300,
+        strength=STRENGTH,
+        solver=solver,
+        iterations=60,
+        rules=rules,
+    )
+    expected_value, expected = unrolled(rules)
+    value, found = gradient(learner, chunk=1)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-10)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-7, atol=1e-10)
+
+
+def test_the_check_discriminates():
+    """A first-order gradient at the same solution is far off."""
+    inner = meta.proximal(optax.sgd(0.3), STRENGTH)
+    first = meta.maml(TASK, inner, steps=300, rules="w", first_order=True)
+    _, found = gradient(first)
+    _, expected = unrolled("w")
+    assert np.abs(found["w"] - expected["w"]).max() > 1e-3
+
+
+def test_few_iterations_come_close():
+    learner = meta.implicit_maml(
+        TASK, optax.sgd(0.3), steps=300, strength=STRENGTH, rules="w"
+    )
+    _, found = gradient(learner)
+    _, expected = unrolled("w")
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strength": 0.0}, "strength: got 0.0; it must be positive"),
+        ({"iterations": 0}, "iterations: got 0"),
+        ({"solver": "newton"}, "choose one of"),
+    ],
+)
+def test_bad_options_are_named(options, words, types_unchecked):
+    with pytest.raises(ValueError, match=words):
+        meta.implicit_maml(TASK, optax.sgd(0.1), steps=1, **options)

@@ -1,0 +1,192 @@
+"""Whose batch statistics normalise, which a network carries, and those collected."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtransfer.methods import meta
+from jaxtransfer.methods.meta.learner import batch_statistics
+from jaxtransfer.model import from_linen
+from jaxtransfer.typing import Variables
+from tests.tasks import KEY, close, episodes, first, gradient
+from tests.twins import same
+
+
+class Net(nn.Module):
+    momentum: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.Dense(4, name="dense")(x)
+        x = nn.BatchNorm(not train, momentum=self.momentum, name="norm")(x)
+        return nn.Dense(3, name="head")(nn.relu(x))
+
+
+BATCH = episodes()
+START = from_linen(Net()).init(KEY, jnp.ones((2, 6)))
+RUNNING = {
+    "batch_stats": {
+        "norm": {"mean": jnp.array([0.5, -1.0, 0.0, 2.0]), "var": jnp.arange(1.0, 5.0)}
+    }
+}
+
+
+def built(statistics, momentum=0.0, steps=1):
+    task = meta.task(from_linen(Net(momentum)), statistics=statistics)
+    return meta.maml(task, optax.sgd(0.3), steps=steps)
+
+
+@functools.cache
+def loss_of(statistics):
+    run = jax.jit(meta.objective(built(statistics)))
+    return lambda batch, state=RUNNING: float(
+        run(START.params, {}, state, batch, KEY)[0]
+    )
+
+
+@pytest.mark.parametrize("statistics", ["transductive", "support", "running"])
+def test_whom_a_query_depends_on(statistics):
+    """Three rows count; of those that don't, one moves; and then the running ones."""
+    batch = first(BATCH)
+    only = {**batch["query"], "where": jnp.arange(6)[None] < 3}
+    moved = {**only, "inputs": only["inputs"].at[:, 4].add(5.0)}
+    loss = loss_of(statistics)
+    before = loss({**batch, "query": only})
+    others = abs(loss({**batch, "query": moved}) - before)
+    assert (others > 1e-4) == (statistics == "transductive")
+    fresh = abs(loss({**batch, "query": only}, START.model_state) - before)
+    assert (fresh > 1e-4) == (statistics == "running")
+
+
+def by_hand(params, inputs):
+    """Statistics of rows after the first layer."""
+    hidden = inputs @ params["dense"]["kernel"] + params["dense"]["bias"]
+    return {"batch_stats": {"norm": {"mean": hidden.mean(0), "var": hidden.var(0)}}}
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_the_support_statistics_are_those_of_the_adapted_parameters(steps):
+    support = jax.tree.map(lambda leaf: leaf[0], BATCH["support"])
+    adapt = jax.jit(built("support", 0.9, steps).adapt)
+    adapted = adapt(START.params, {}, RUNNING, support, KEY)
+    close(adapted.model_state, by_hand(adapted.params, support["inputs"]))
+    if steps:
+        before = by_hand(START.params, support["inputs"])
+        with pytest.raises(AssertionError):
+            close(adapted.model_state, before, 1e-3)
+
+
+def test_running_statistics_stay_and_are_used():
+    learner = built("running", 0.9)
+    support = jax.tree.map(lambda leaf: leaf[0], BATCH["support"])
+    adapted = jax.jit(learner.adapt)(START.params, {}, RUNNING, support, KEY)
+    assert same(adapted.model_state, RUNNING)
+    inputs = BATCH["query"]["inputs"][0]
+    outputs = learner.predict(adapted.params, {}, adapted.model_state, inputs)
+    hidden = (
+        inputs @ adapted.params["dense"]["kernel"] + adapted.params["dense"]["bias"]
+    )
+    running, norm = RUNNING["batch_stats"]["norm"], adapted.params["norm"]
+    hidden = (hidden - running["mean"]) / jnp.sqrt(running["var"] + 1e-5)
+    hidden = jax.nn.relu(hidden * norm["scale"] + norm["bias"])
+    head = adapted.params["head"]
+    close(outputs, hidden @ head["kernel"] + head["bias"])
+
+
+def test_the_momentum_of_the_layers_does_not_matter():
+    """Neither to the loss nor to its gradient, with whatever came before."""
+    found = [
+        gradient(
+            meta.objective(built("support", momentum)),
+            Variables(START.params, state),
+            BATCH,
+        )
+        for momentum, state in ((0.0, START.model_state), (0.9, RUNNING))
+    ]
+    close(*found, 1e-5)
+
+
+def test_query_by_statistics_of_the_same_examples_equals_its_own():
+    """Query = support: both kinds of normalisation see the same statistics."""
+    batch = {"support": BATCH["support"], "query": BATCH["support"]}
+    own, supports = loss_of("transductive")(batch), loss_of("support")(batch)
+    np.testing.assert_allclose(own, supports, rtol=1e-4)
+
+
+# --- statistics of a batch, whatever came before --------------------------------------
+
+
+def left(momentum):
+    """A task whose pass moves one leaf to the batch's mean, and leaves two."""
+
+    def task(params, frozen, state, batch, key):
+        mean = momentum * state["mean"] + (1 - momentum) * batch["inputs"].mean(0)
+        return params["w"], ({**state, "mean": mean}, {})
+
+    return task
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+def test_statistics_of_a_batch_at_every_scale(momentum, scale):
+    inputs = scale * jnp.array([[1.0, -2.0, 0.0], [3.0, -2.0, 0.0]])
+    state = {
+        "mean": jnp.array([4.0, 5.0, 6.0]),
+        "fixed": jnp.array([7.0, 0.0]),
+        "count": jnp.array(3),
+    }
+    found = batch_statistics(
+        left(momentum), {"w": jnp.zeros(())}, {}, state, {"inputs": inputs}, KEY
+    )
+    np.testing.assert_allclose(found["mean"], inputs.mean(0), rtol=1e-4)
+    assert same({**found, "mean": 0}, {**state, "mean": 0})
+
+
+# --- collected over tasks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_collected_are_the_mean_of_the_supports_under_the_start(chunk):
+    objective = meta.objective(built("running", 0.5), collect=0.8, chunk=chunk)
+    start = meta.counted(Variables(START.params, RUNNING))
+    run = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (loss, (state, _)), _ = run(start.params, {}, start.model_state, BATCH, KEY)
+    each = [by_hand(START.params, inputs) for inputs in BATCH["support"]["inputs"]]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each)
+    expected = jax.tree.map(lambda old, new: 0.8 * old + 0.2 * new, RUNNING, mean)
+    close(state, {**expected, "updates": jnp.array(1, jnp.int32)})
+    np.testing.assert_allclose(loss, loss_of("running")(BATCH), rtol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", ["transductive", "support", "running"])
+def test_only_what_is_asked_for_is_collected(statistics):
+    learner = built(statistics)
+    whole = jax.eval_shape(
+        meta.objective(learner, collect=0.9), START.params, {}, RUNNING, BATCH, KEY
+    )
+    assert jax.tree.structure(whole[1][0]) == jax.tree.structure(RUNNING)
+    jaxpr = jax.make_jaxpr(
+        lambda state: meta.objective(learner)(START.params, {}, state, BATCH, KEY)[1][0]
+    )(RUNNING)
+    assert set(jaxpr.jaxpr.outvars) == set(jaxpr.jaxpr.invars)
+
+
+def test_nothing_to_collect_is_refused():
+    task = meta.task(from_linen(Net()))
+    bare = meta.maml(meta.Task(task.support, task.query), optax.sgd(0.1), steps=1)
+    with pytest.raises(ValueError, match="collect: got 0.9, but the learner has no"):
+        meta.objective(bare, collect=0.9)
+    with pytest.raises(
+        ValueError, match=r"collect: got 1.5; it must lie in 0 \.\.\. 1"
+    ):
+        meta.objective(built("running"), collect=1.5)
+
+
+def test_an_unknown_name_is_refused(types_unchecked):
+    with pytest.raises(ValueError, match="statistics: got 'batch'; choose"):
+        meta.task(from_linen(Net()), statistics="batch")
