@@ -1,6 +1,8 @@
 """MAML on sinusoids: learn a start from which a few points fix a wave.
 
 Learned: the meta-parameters of a small network, on waves of random amplitude and phase.
+*MAML* is good after as many steps as it was trained for; *MAML++* learns its step sizes
+too (one a layer and step) and counts the loss after every step.
 Baselines: the same fine-tuning from an untrained network and from a network that was
 pretrained on the points of all waves, each with the step size that is best on
 validation waves.
@@ -20,7 +22,7 @@ from rich.progress import Progress
 from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
 from jaxtransfer import losses, nets, prng
 from jaxtransfer.data import episodes
-from jaxtransfer.methods import finetune, maml
+from jaxtransfer.methods import finetune, meta
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import TrainState, init_state, scan_fit, train_step
 
@@ -71,6 +73,17 @@ PRESETS = {
 
 
 Follow = Callable[[Any, float, episodes.Episodes], np.ndarray]
+META = ("MAML", "MAML++")
+
+
+def learner(config: Config, name: str, rate: Any, steps: int) -> meta.Learner:
+    """How a method adapts; the baselines do as MAML does."""
+    model = from_linen(nets.MLP(1, widths=config.widths))
+    task = meta.task(model, loss=losses.mean_squared_error)
+    if name == "MAML++":
+        rates = meta.per_layer_per_step(config.inner_learning_rate)
+        return meta.maml(task, rates, steps=steps)
+    return meta.maml(task, optax.sgd(rate), steps=steps)
 
 
 def tasks_of(config: Config, part: str, count: int, shots: int) -> episodes.Episodes:
@@ -91,12 +104,14 @@ def points(batch: episodes.Episodes) -> dict[str, jax.Array]:
 def train(config: Config, name: str, keys: jax.Array, display: Progress) -> Any:
     """All seeds side by side: meta-parameters with a leading axis of seeds."""
     model = from_linen(nets.MLP(1, widths=config.widths))
-    task = finetune.objective(model, loss=losses.mean_squared_error)
-    if name == "MAML":
-        optimizer = optax.sgd(config.inner_learning_rate)
-        objective = maml.objective(task, optimizer, steps=config.inner_steps)
+    own = learner(config, name, config.inner_learning_rate, config.inner_steps)
+    if name == "MAML++":
+        weights = jnp.full(config.inner_steps + 1, 1 / config.inner_steps).at[0].set(0)
+        objective = meta.objective(own, step_weights=lambda updates: weights)
+    elif name == "MAML":
+        objective = meta.objective(own)
     else:
-        objective = task
+        objective = finetune.objective(model, loss=losses.mean_squared_error)
     rate = config.learning_rate
     if config.cosine:
         rate = optax.cosine_decay_schedule(rate, config.meta_steps)
@@ -110,11 +125,14 @@ def train(config: Config, name: str, keys: jax.Array, display: Progress) -> Any:
             shots=config.shots,
             queries=config.shots,
         )
-        return batch if name == "MAML" else points(batch)
+        return batch if name in META else points(batch)
 
     def start(key: jax.Array) -> TrainState:
         init_key, run_key = prng.streams(key, "init", "run")
-        return init_state(run_key, model.init(init_key, jnp.ones((1, 1))), optimizer)
+        variables = model.init(init_key, jnp.ones((1, 1)))
+        if name in META:
+            variables = meta.counted(own.init(variables))
+        return init_state(run_key, variables, optimizer)
 
     @jax.jit
     @jax.vmap
@@ -134,14 +152,12 @@ def train(config: Config, name: str, keys: jax.Array, display: Progress) -> Any:
     return state.params
 
 
-def follower(config: Config) -> Follow:
+def follower(config: Config, name: str) -> Follow:
     """``(params, rate, tasks) -> errors [seeds, tasks, steps + 1]``."""
-    model = from_linen(nets.MLP(1, widths=config.widths))
-    task = finetune.objective(model, loss=losses.mean_squared_error)
 
     @jax.jit
     def follow(params: Any, rate: jax.Array, batch: episodes.Episodes) -> jax.Array:
-        run = maml.trajectory(task, optax.sgd(rate), steps=config.steps)
+        run = meta.trajectory(learner(config, name, rate, config.steps))
         key = jax.random.key(0)  # Nothing in the network is random.
         return jax.vmap(lambda params: run(params, {}, {}, batch, key)["loss"])(params)
 
@@ -181,14 +197,15 @@ def main(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     root = jax.random.key(config.seed)
     keys = jnp.stack([prng.stream(root, f"seed {n}") for n in range(config.seeds)])
-    follow = follower(config)
+    as_maml, with_rates = follower(config, "MAML"), follower(config, "MAML++")
     found: dict[int, dict[str, np.ndarray]] = {shots: {} for shots in config.test_shots}
     notes = []
     with progress() as display:
-        for method in ("untrained", "pretrained", "MAML"):
+        for method in ("untrained", "pretrained", *META):
+            follow = with_rates if method == "MAML++" else as_maml
             params = train(config, method, keys, display)
             own = (config.inner_learning_rate,)
-            rates = own if method == "MAML" else config.baseline_rates
+            rates = own if method in META else config.baseline_rates
             for shots in config.test_shots:
                 errors, chosen = judge(config, follow, params, rates, shots)
                 found[shots][method] = errors
@@ -207,7 +224,7 @@ def main(config: Config) -> dict[str, Any]:
                 for method, errors in by_method.items()
             }
             rows += [
-                Row(task, method, values, "pretrained" if method == "MAML" else None)
+                Row(task, method, values, "pretrained" if method in META else None)
                 for method, values in table[task].items()
             ]
     show("Sinusoids", rows, folder, unit="MSE", digits=3, started=started)

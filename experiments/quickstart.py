@@ -22,7 +22,7 @@ from experiments import angles, figures
 from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
 from experiments.figures import Result
 from jaxtransfer import data, losses, nets, ops, prng
-from jaxtransfer.methods import adapt, distill, features, finetune, maml
+from jaxtransfer.methods import adapt, distill, features, finetune, meta
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, metrics, scan_fit, train_step
 from jaxtransfer.train.scan import paired, resident
@@ -288,7 +288,7 @@ def meta_learning(config: Config, keys: jax.Array, digits: Digits) -> Iterator[R
     classify = finetune.objective(model)
     draw_tasks = functools.partial(angles.tasks, shots=config.shots, queries=QUERIES)
     inner = optax.sgd(config.inner_learning_rate)
-    maml_objective = maml.objective(classify, inner, steps=config.inner_steps)
+    learner = meta.maml(meta.task(model), inner, steps=config.inner_steps)
 
     def together(params, frozen, model_state, tasks, key):
         """The usual start: one network for all tasks, of which it sees every image."""
@@ -313,7 +313,8 @@ def meta_learning(config: Config, keys: jax.Array, digits: Digits) -> Iterator[R
 
     def test(learning_rate: float, seed: Any, pool: Any) -> jax.Array:
         key, params = seed
-        follow = maml.trajectory(classify, optax.sgd(learning_rate), steps=TEST_STEPS)
+        inner = optax.sgd(learning_rate)
+        follow = meta.trajectory(meta.maml(meta.task(model), inner, steps=TEST_STEPS))
         tasks = draw_tasks(prng.stream(key, "test"), *pool, tasks=TEST_TASKS)
         return 100 * follow(params, {}, {}, tasks, key)["accuracy"].mean(0)
 
@@ -323,7 +324,7 @@ def meta_learning(config: Config, keys: jax.Array, digits: Digits) -> Iterator[R
     baseline = "all angles, fine-tuned"
     for method, objective, rate in (
         (baseline, together, config.baseline_learning_rate),
-        ("MAML", maml_objective, config.inner_learning_rate),
+        ("MAML", meta.objective(learner), config.inner_learning_rate),
     ):
         params = each_seed(
             functools.partial(train, objective), keys, pool(digits.upright)

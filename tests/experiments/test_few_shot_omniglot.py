@@ -1,11 +1,13 @@
 import dataclasses
 import json
+import typing
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import maml_omniglot as study
+from experiments import few_shot_omniglot as study
+from experiments.few_shot_recipes import RECIPES, with_head
 
 SMOKE = study.PRESETS["smoke"]
 
@@ -15,7 +17,7 @@ def smoke(tmp_path_factory):
     """The smoke preset on embedded digits: its results and its folder."""
     config = dataclasses.replace(SMOKE, run_dir=tmp_path_factory.mktemp("runs"))
     results = study.main(config)
-    (folder,) = (config.run_dir / "maml_omniglot").iterdir()
+    (folder,) = (config.run_dir / "few_shot_omniglot").iterdir()
     return config, results, folder
 
 
@@ -24,21 +26,39 @@ def test_smoke_writes_a_table_of_both_measures(smoke):
     config, results, folder = smoke
     assert list(results) == list(study.MEASURES)
     for methods in results.values():
-        assert list(methods)[-1] == "MAML"
+        assert list(methods) == ["SimpleShot", "MAML", "ProtoNet"]
         assert all(len(values) == config.seeds for values in methods.values())
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    assert len(rows) == 8
-    assert all((row["baseline"] is None) == (row["method"] != "MAML") for row in rows)
-    steps = json.loads((folder / "steps.json").read_text())
-    found = steps[0]["MAML"]["transductive"]
+    assert len(rows) == 6
+    compared = {row["method"]: row["baseline"] for row in rows}
+    assert compared == {
+        "SimpleShot": None,
+        "MAML": "SimpleShot",
+        "ProtoNet": "SimpleShot",
+    }
+    record = json.loads((folder / "steps.json").read_text())
+    found = record["seeds"][0]["MAML"]["transductive"]
     assert len(found["accuracy by steps"]) == config.steps + 1
-    assert found["rate"] == config.inner_learning_rate
+    assert sorted(record["minutes"]) == [
+        "MAML",
+        "ProtoNet",
+        "SimpleShot",
+        "pretraining",
+    ]
+    assert (folder / "networks" / "MAML").is_dir()
 
 
 @pytest.mark.slow
 def test_same_seed_gives_the_same_table_with_any_number_of_workers(smoke):
     config, results, _ = smoke
     assert study.main(dataclasses.replace(config, workers=1)) == results
+
+
+def test_every_recipe_has_a_name_on_the_command_line():
+    names = typing.get_args(study.Method) + typing.get_args(study.Baseline)
+    assert set(names) == set(RECIPES)
+    assert all(RECIPES[name].build for name in study.ALL)
+    assert not any(RECIPES[name].build for name in study.BASELINES)
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +77,27 @@ def test_no_character_is_in_two_parts(pools):
 
 
 def test_choice_looks_at_validation_alone():
-    """Rate and steps that are best on validation are taken, whatever the test says."""
+    """Variant and steps that are best on validation are taken, whatever the test."""
+    table = {
+        ("slow", "validation"): [0.0, 0.2, 0.9],
+        ("quick", "validation"): [0.5, 1.0, 0.1],
+        ("slow", "test"): [1.0, 1.0, 1.0],
+        ("quick", "test"): [0.0, 0.7, 0.9],
+    }
 
-    def follow(variables, rates, tasks):
-        table = {
-            ("validation", 1.0): [0.0, 0.2, 0.9],
-            ("validation", 2.0): [1.0, 0.8, 0.1],
-            ("test", 1.0): [0.0, 0.7, 0.3],
-            ("test", 2.0): [0.0, 1.0, 1.0],
-        }[tasks, float(rates["head"])]
-        return {name: np.array([table]) for name in study.MEASURES}
+    def variant(name):
+        return lambda variables, frozen, tasks: np.array([table[name, tasks]])
 
-    found = study.judge(follow, None, (1.0, 2.0), "validation", "test")
-    for measure in study.MEASURES:
-        assert (found[measure]["rate"], found[measure]["steps"]) == (1.0, 2)
-        assert study._final(found[measure]).tolist() == [30.0]
+    follow = {"transductive": {name: variant(name) for name in ("slow", "quick")}}
+    found = study.judge(follow, None, {}, "validation", "test")["transductive"]
+    assert (found["variant"], found["steps"]) == ("quick", 1)
+    assert found["test"].tolist() == [70.0]
 
 
 def test_new_head_keeps_the_pretrained_features(key):
-    whole = study.network(SMOKE, 12).init(key, np.zeros((1, 8, 8, 1), np.float32))
-    start = study.with_new_head(SMOKE, key, whole)
+    image = np.zeros((1, 8, 8, 1), np.float32)
+    whole, fresh = (study.network(n, 4).init(key, image) for n in (12, SMOKE.ways))
+    start = with_head(whole, fresh)
     kept, given = start.params["features"], whole.params["features"]
     jax.tree.map(np.testing.assert_array_equal, kept, given)
     assert start.params["head"]["bias"].shape == (SMOKE.ways,)

@@ -1,0 +1,231 @@
+"""Every few-shot algorithm of the library as it is trained and tested on images."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtransfer import nets
+from jaxtransfer.methods import meta
+from jaxtransfer.model import from_linen
+from jaxtransfer.typing import Model, Objective, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a recipe needs to know of the study.
+
+    Attributes:
+        model: network with modules ``features`` and ``head``.
+        ways: classes of a task.
+        steps: gradient steps, in training or at test.
+        rate: of the inner SGD on a mean cross-entropy.
+        statistics: whose batch statistics normalise.
+        width: features of the network, for the relation module.
+    """
+
+    model: Model
+    ways: int
+    steps: int
+    rate: float
+    statistics: meta.Statistics
+    width: int
+
+
+Build = Callable[[Setting], meta.Learner]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How an algorithm is trained, and what it may choose from at test.
+
+    Attributes:
+        build: the learner in training; None for a baseline, whose network is
+            pretrained to tell all training classes apart.
+        tests: learners at test by name; one of them is chosen on validation tasks.
+        objective: what is minimised in training, of the learner, its steps and the
+            updates of the run.
+        outer: optimizer of the meta-parameters, of a schedule.
+        context: numbers of a context in the network.
+        query: whether the learner is shown the query's inputs.
+        steps: inner steps in training, if not the study's.
+    """
+
+    build: Build | None
+    tests: dict[str, Build]
+    objective: Callable[[meta.Learner, int, int], Objective] = (
+        lambda learner, steps, updates: meta.objective(learner)
+    )
+    outer: Callable[[optax.Schedule], optax.GradientTransformation] = optax.adam
+    context: int = 0
+    query: bool = False
+    steps: int | None = None
+
+
+def _descend(**options: Any) -> Build:
+    """Gradient steps on the mean cross-entropy."""
+
+    def build(s: Setting) -> meta.Learner:
+        task = meta.task(s.model, statistics=s.statistics)
+        return meta.maml(task, optax.sgd(s.rate), steps=s.steps, **options)
+
+    return build
+
+
+def _meta_learned(build: Build, **options: Any) -> Recipe:
+    return Recipe(build, {"": build}, **options)
+
+
+def _with(learned: Callable[[float], meta.Learned], **options: Any) -> Build:
+    """Gradient steps by an optimizer that is learned."""
+
+    def build(s: Setting) -> meta.Learner:
+        task = meta.task(s.model, statistics=s.statistics)
+        return meta.maml(task, learned(s.rate), steps=s.steps, **options)
+
+    return build
+
+
+def _compare(learner: Callable[..., meta.Learner], **options: Any) -> Build:
+    """A classifier of features in closed form."""
+
+    def build(s: Setting) -> meta.Learner:
+        return learner(
+            s.model, ways=s.ways, tap="features", statistics=s.statistics, **options
+        )
+
+    return build
+
+
+def _relation(s: Setting) -> meta.Learner:
+    module = from_linen(
+        nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(64), nn.relu, nn.Dense(1)])
+    )
+    start = module.init(jax.random.key(0), jnp.ones((1, 2 * s.width)))
+    return _compare(meta.relation, module=module, start=start)(s)
+
+
+def _proto_maml(s: Setting) -> meta.Learner:
+    return meta.proto_maml(
+        s.model, optax.sgd(s.rate / 20), steps=s.steps, statistics=s.statistics
+    )
+
+
+def _cavia(s: Setting) -> meta.Learner:
+    task = meta.task(s.model, statistics=s.statistics)
+    return meta.cavia(task, optax.sgd(1.0), steps=s.steps)
+
+
+def _implicit(s: Setting) -> meta.Learner:
+    task = meta.task(s.model, statistics=s.statistics)
+    return meta.implicit_maml(
+        task, optax.sgd(s.rate / 2), steps=max(s.steps, 5), strength=0.5, iterations=3
+    )
+
+
+def _reptile(s: Setting) -> meta.Learner:
+    task = meta.task(s.model, statistics=s.statistics)
+    inner = optax.sgd(s.rate / 2)
+    return meta.maml(task, inner, steps=max(s.steps, 5), first_order=True)
+
+
+def _tuned(
+    learner: Callable[..., meta.Learner], rates: tuple[float, ...], **options: Any
+) -> dict[str, Build]:
+    """One learner a step size, to choose from."""
+
+    def of_rate(rate: float) -> Build:
+        def build(s: Setting) -> meta.Learner:
+            return learner(
+                s.model,
+                optax.sgd(rate),
+                ways=s.ways,
+                steps=s.steps,
+                tap="features",
+                statistics=s.statistics,
+                **options,
+            )
+
+        return build
+
+    return {f"rate {rate:g}": of_rate(rate) for rate in rates}
+
+
+def _multi_step(learner: meta.Learner, steps: int, updates: int) -> Objective:
+    """Losses after every step in the first tenth of the run, as in MAML++."""
+    weights = meta.multi_step_weights(steps, max(updates // 10, 1))
+    return meta.objective(learner, step_weights=weights)
+
+
+def _reptile_sgd(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The published outer update: a step from 1 to 0 towards the tasks' ends."""
+    first = schedule(0)
+    return optax.sgd(lambda count: schedule(count) / first)
+
+
+RECIPES = {
+    "MAML": _meta_learned(_descend()),
+    "FOMAML": _meta_learned(_descend(first_order=True)),
+    "Reptile": _meta_learned(
+        _reptile,
+        objective=lambda learner, steps, updates: meta.reptile(learner),
+        outer=_reptile_sgd,
+    ),
+    "ANIL": _meta_learned(_descend(rules="head")),
+    "BOIL": _meta_learned(_descend(rules="features")),
+    "Meta-SGD": _meta_learned(_with(meta.meta_sgd)),
+    "MAML++": _meta_learned(
+        _with(meta.per_layer_per_step, per_step=".*/norm"),
+        objective=_multi_step,
+        steps=3,
+    ),
+    "meta-curvature": _meta_learned(_with(meta.meta_curvature)),
+    "CAVIA": _meta_learned(_cavia, context=100),
+    "iMAML": _meta_learned(_implicit),
+    "ProtoMAML": _meta_learned(_proto_maml),
+    "ProtoNet": _meta_learned(_compare(meta.prototypical)),
+    "Matching": _meta_learned(_compare(meta.matching, scale=10.0)),
+    "Relation": _meta_learned(_relation),
+    "R2D2": _meta_learned(_compare(meta.ridge)),
+    "pretrained, head tuned": Recipe(None, _tuned(meta.fine_tuning, (0.1, 1.0))),
+    "pretrained, fine-tuned": Recipe(
+        None, _tuned(meta.fine_tuning, (0.1, 1.0), body="tuned")
+    ),
+    "Baseline++": Recipe(None, _tuned(meta.cosine_head, (0.1, 1.0), scale=10.0)),
+    "SimpleShot": Recipe(
+        None,
+        {
+            name: _compare(meta.simple_shot, transform=name)
+            for name in ("none", "l2", "centred_l2")
+        },
+    ),
+    "nearest neighbour": Recipe(
+        None,
+        {
+            name: _compare(meta.nearest_neighbors, transform=name)
+            for name in ("none", "l2")
+        },
+    ),
+    "transductive fine-tuning": Recipe(
+        None, _tuned(meta.transductive_fine_tuning, (0.01, 0.1)), query=True
+    ),
+}
+
+
+def network(outputs: int, filters: int, *, context: int = 0) -> Model:
+    """Four strided convolutions whose last positions all are features."""
+    return from_linen(
+        nets.Conv4(outputs, filters=filters, pooled=False, context=context)
+    )
+
+
+def with_head(whole: Variables, fresh: Variables) -> Variables:
+    """Pretrained features under another head."""
+    return Variables(
+        {**fresh.params, "features": whole.params["features"]},
+        {**fresh.model_state, **whole.model_state},
+    )
