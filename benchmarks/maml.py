@@ -1,0 +1,292 @@
+"""How long does a step of meta-learning by MAML take, beside peers in PyTorch?
+
+``python -m benchmarks.maml [--only WORDS] [--rounds N] [--json FILE]``: a whole
+meta-step (Adam outside, gradient descent inside, second order) on the shapes of
+Omniglot: 16 tasks of 5 ways, 1 shot and 15 queries a class, images of 28 x 28, four
+convolutions of 64 filters with the batch statistics of the examples at hand. All forms
+get the same weights and episodes and must return the same loss and gradient.
+
+Ours: the defaults of ``meta.objective(meta.maml(...))`` and ``nets.Conv4``, on one
+device and with the tasks divided over one device a core. Needs PyTorch; of ``higher``
+and ``torchopt`` what is installed. ``lax.conv`` under ``vmap`` takes some ten seconds a
+step and is measured in the first setting only. Memory: what the compiled program holds
+beside its inputs and results; the growth of a fresh process for PyTorch.
+"""
+
+import argparse
+import functools
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.common import in_fresh_process, interleave, peak_memory, report
+from benchmarks.peers import maml as peers
+from jaxtransfer import nets, parallel, train, tree
+from jaxtransfer.methods import meta
+from jaxtransfer.model import from_linen
+
+TASKS, WAYS, SHOTS, QUERIES, SIZE = 16, 5, 1, 15, 28
+SETTINGS = {
+    "strided, 1 step": peers.Setting(strided=True, steps=1),
+    "strided, 5 steps": peers.Setting(strided=True, steps=5),
+    "max pool, 1 step": peers.Setting(strided=False, steps=1),
+    "max pool, 5 steps": peers.Setting(strided=False, steps=5),
+}
+USUAL = ("strided", "max pool, 1")
+"""The last takes as long as the others together and is left out unless asked for."""
+WITH_PLAIN = "strided, 1 step"
+LOOP = next(iter(peers.FORMS))
+TOLERANCE = 1e-2
+"""Of the outer gradient in float32, relative to its norm."""
+
+
+def episodes() -> dict[str, dict[str, np.ndarray]]:
+    """Normal images, and labels."""
+    random = np.random.default_rng(0)
+    return {
+        part: {
+            "inputs": random.standard_normal((TASKS, rows, SIZE, SIZE, 1), np.float32),
+            "labels": np.tile(np.arange(rows, dtype=np.int32) % WAYS, (TASKS, 1)),
+        }
+        for part, rows in (("support", WAYS * SHOTS), ("query", WAYS * QUERIES))
+    }
+
+
+def network(setting: peers.Setting, **options: Any):
+    """The network of a setting."""
+    return from_linen(
+        nets.Conv4(WAYS, setting.filters, strided=setting.strided, **options)
+    )
+
+
+# --- here -----------------------------------------------------------------------------
+
+
+class InJax:
+    """A meta-step in JAX: ``run``, ``compile_seconds`` and ``megabytes``."""
+
+    def __init__(
+        self, setting, start, *, devices=1, chunk="auto", backward=None, **net
+    ):
+        learner = meta.maml(
+            meta.task(network(setting, **net), statistics="transductive"),
+            optax.sgd(setting.rate),
+            steps=setting.steps,
+            **({} if backward is None else {"backward": backward}),
+        )
+        optimizer = optax.adam(peers.OUTER_RATE)
+        objective = meta.objective(learner, chunk=chunk)
+        state = train.init_state(jax.random.key(0), start, optimizer)
+        batch = jax.tree.map(jnp.asarray, episodes())
+        if devices == 1:
+            self.step = parallel.jit_step(
+                train.train_step(objective, optimizer), donate=False
+            )
+            lower = self.step.lower  # pyright: ignore[reportFunctionMemberAccess]
+        else:
+            mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+            state = parallel.replicate(state, mesh)
+            batch = parallel.shard_batch(batch, mesh)
+            step = train.train_step(objective, optimizer, axis_name="data")
+            self.step = parallel.shard_map_step(step, mesh)
+            specs = {"in_specs": (P(), P("data")), "out_specs": (P(), P())}
+            lower = jax.jit(jax.shard_map(step, mesh=mesh, **specs)).lower
+        begin = time.perf_counter()
+        program = lower(state, batch).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        self.megabytes = devices * program.memory_analysis().temp_size_in_bytes / 1e6
+        self.run = functools.partial(self.step, state, batch)
+
+    def result(self) -> tuple[float, dict[str, np.ndarray]]:
+        """The outer loss and its gradient, by path."""
+        state, measured = self.run()
+        # Adam's mean of gradients after one step, of decay 0.9.
+        gradient = jax.tree.map(lambda m: 10 * m, optax.tree.get(state.opt_state, "mu"))
+        loss = train.metrics.finalize(measured)["loss"]
+        return float(loss), jax.device_get(tree.flatten(gradient))
+
+
+def shards() -> int:
+    """How many devices share the tasks evenly, at most one a core."""
+    cores = os.cpu_count() or 1
+    return max(n for n in range(1, cores + 1) if TASKS % n == 0)
+
+
+# --- in PyTorch -----------------------------------------------------------------------
+
+
+def to_torch(params: dict[str, Any], setting: peers.Setting) -> dict[str, np.ndarray]:
+    """Parameters or their gradient by path, in PyTorch's names and layout.
+
+    With steps of 2 PyTorch pads an even size before it, "SAME" after it; with kernels
+    and images turned by 180 degrees that is the same network.
+    """
+    found = {}
+    for path, leaf in params.items():
+        name = path.replace("/", ".")
+        array = np.asarray(leaf)
+        if array.ndim == 4:
+            array = array[::-1, ::-1] if setting.strided else array
+            array = array.transpose(3, 2, 0, 1)
+        elif array.ndim == 2:
+            array = array.T
+        name = name.replace("kernel", "weight").replace("scale", "weight")
+        found[name] = np.ascontiguousarray(array)
+    return found
+
+
+def for_torch(setting: peers.Setting) -> dict[str, np.ndarray]:
+    """The episodes in PyTorch's layout."""
+    found = {}
+    for part, arrays in episodes().items():
+        images = np.moveaxis(arrays["inputs"], -1, 2)
+        images = images[..., ::-1, ::-1] if setting.strided else images
+        found[f"{part} inputs"] = np.ascontiguousarray(images)
+        found[f"{part} labels"] = arrays["labels"].astype(np.int64)
+    return found
+
+
+def resident() -> float:
+    """Resident size of this process now, in GB."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_memory()
+    now = next(x for x in status.read_text().splitlines() if "VmRSS" in x)
+    return int(now.split()[1]) * 1024 / 1e9
+
+
+def growth(form: str, setting: peers.Setting, weights: dict[str, np.ndarray]) -> float:
+    """MB that two steps add to a process, beyond the network and the episodes."""
+    step = peers.FORMS[form](setting, weights, for_torch(setting))
+    before = resident()
+    step.run(), step.run()
+    return 1e3 * (peak_memory() - before)
+
+
+def installed() -> list[str]:
+    """The peers that can run; says what is missing for the others."""
+    found = []
+    for form in peers.FORMS:
+        module = peers.NEEDS.get(form, "torch")
+        if importlib.util.find_spec(module) is not None:
+            found.append(form)
+        else:
+            print(f"{form}: left out (pip install {module})")
+    return found
+
+
+# --- all ------------------------------------------------------------------------------
+
+
+def check(results: dict[str, tuple[float, dict[str, np.ndarray]]]) -> dict[str, float]:
+    """Relative difference of each form's gradient to that of the loop in PyTorch.
+
+    Raises:
+        AssertionError: a loss or a gradient is another.
+    """
+    loss, gradient = results[LOOP]
+    size = np.sqrt(sum(np.sum(leaf**2) for leaf in gradient.values()))
+    differences = {}
+    for form, (other, leaves) in results.items():
+        assert leaves.keys() == gradient.keys(), form
+        total = sum(np.sum((leaves[k] - gradient[k]) ** 2) for k in gradient)
+        differences[form] = float(np.sqrt(total) / size)
+        np.testing.assert_allclose(other, loss, rtol=1e-3, err_msg=form)
+        assert differences[form] < TOLERANCE, f"{form}: {differences[form]}"
+    return differences
+
+
+def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
+    """All forms in one setting: quantity by form."""
+    setting = SETTINGS[name]
+    example = episodes()["support"]["inputs"][0]
+    start = jax.jit(network(setting).init)(jax.random.key(1), example)
+    weights = to_torch(tree.flatten(start.params), setting)
+    ours = {"jaxtransfer, one device": InJax(setting, start)}
+    if shards() > 1:
+        ours[f"jaxtransfer, {shards()} devices"] = InJax(
+            setting, start, devices=shards()
+        )
+    slow = {}
+    if name == WITH_PLAIN:
+        slow["JAX, lax.conv under vmap"] = InJax(
+            setting, start, conv=nn.Conv, chunk=None, backward="stored"
+        )
+    theirs = {
+        form: peers.FORMS[form](setting, weights, for_torch(setting))
+        for form in installed()
+    }
+    results = {}
+    for form, step in theirs.items():
+        results[form] = float(step.run()), step.gradient()
+    for form, step in (ours | slow).items():
+        loss, gradient = step.result()
+        results[form] = loss, to_torch(gradient, setting)
+    differences = check(results)
+    quick = {form: step.run for form, step in (ours | theirs).items()}
+    seconds = interleave(quick, rounds=rounds)
+    seconds |= interleave({form: step.run for form, step in slow.items()}, rounds=1)
+    fastest = min(seconds[form] for form in theirs)
+    return {
+        "seconds": seconds,
+        "speed relative to the fastest peer": {
+            form: fastest / spent for form, spent in seconds.items()
+        },
+        "megabytes": {form: step.megabytes for form, step in (ours | slow).items()}
+        | {form: in_fresh_process(growth, form, setting, weights) for form in theirs},
+        "compile seconds": {
+            form: step.compile_seconds for form, step in (ours | slow).items()
+        },
+        "difference of the gradient": differences,
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=USUAL,
+        help="settings whose names hold one of these",
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
+    jax.config.update("jax_num_cpu_devices", shards())
+    seconds, facts = {}, {}
+    for name in SETTINGS:
+        if not any(word in name for word in options.only):
+            continue
+        found = measure(name, options.rounds)
+        print(name)
+        for form, spent in found["seconds"].items():
+            print(
+                f"  {form:<28} {spent:9.3f} s"
+                f" {found['speed relative to the fastest peer'][form]:7.2f} x"
+                f" {found['megabytes'][form]:8.0f} MB",
+                flush=True,
+            )
+        seconds |= {f"{name}: {form}": x for form, x in found.pop("seconds").items()}
+        facts[name] = found
+    report(
+        "a meta-step of MAML, second order, 16 tasks of 5 ways and 1 shot",
+        seconds,
+        settings=facts,
+        rounds=options.rounds,
+        torch=torch.__version__,
+    )
+
+
+if __name__ == "__main__":
+    main()
