@@ -1,5 +1,11 @@
-"""What every test shares: eight CPU devices, a compile cache, types checked."""
+"""What every test shares: eight CPU devices, a compile cache, types checked.
 
+Most of the time goes into compiling programs that run once. So the compiler is asked
+for little optimisation, Python's garbage collector, which would walk all traces again
+and again, runs once a file, and what a file compiled goes when memory runs high.
+"""
+
+import gc
 import importlib.util
 import os
 import pathlib
@@ -12,6 +18,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -39,6 +46,26 @@ if TYPES_CHECKED:
         "beartype.beartype(conf=beartype.BeartypeConf("
         "warning_cls_on_decorator_exception=UserWarning))",
     )
+
+
+gc.disable()
+
+
+def _resident_gigabytes() -> float:
+    status = pathlib.Path("/proc/self/statm")
+    if not status.exists():
+        return 0.0
+    pages = int(status.read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tidy() -> Iterator[None]:
+    """After each file: collect garbage, and drop compiled programs if they are many."""
+    yield
+    if _resident_gigabytes() > 2.5:
+        jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

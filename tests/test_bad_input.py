@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxtransfer import data, losses, parallel, tree
-from jaxtransfer.methods import adapt, distill, features, finetune, maml
+from jaxtransfer.methods import adapt, distill, features, finetune, meta
 from jaxtransfer.model import with_head
 from jaxtransfer.train import init_state, metrics, train_step
 from jaxtransfer.typing import Variables
@@ -37,12 +37,10 @@ def test_a_rule_that_matches_nothing(net):
         finetune.split(start, "hed")
     with pytest.raises(ValueError, match=r"'block_1' matches no parameter.*blocks_1"):
         tree.match("block_1", tree.flatten(start.params))
-    task = maml.objective(
-        finetune.objective(model), OPTIMIZER, steps=1, rules="classifier"
-    )
+    learner = meta.anil(meta.task(model), OPTIMIZER, steps=1, head="classifier")
     episode = {"inputs": X[None], "labels": LABELS[None]}
     with pytest.raises(ValueError, match="'classifier' matches no parameter"):
-        run(task, start, {"support": episode, "query": episode})
+        run(meta.objective(learner), start, {"support": episode, "query": episode})
 
 
 def test_rules_that_hold_everything(net):
@@ -166,9 +164,10 @@ def test_more_shots_than_examples():
         data.sample(KEY, X[:, :1], pool, tasks=1, ways=2, shots=2, queries=2)
 
 
-def test_episodes_without_tasks_or_support(net):
+def test_episodes_without_tasks_or_support(net, types_unchecked):
     model, start = net
-    task = maml.objective(finetune.objective(model), OPTIMIZER, steps=1)
+    learner = meta.maml(meta.task(model), OPTIMIZER, steps=1)
+    task = meta.objective(learner)
     some = {"inputs": X[None], "labels": LABELS[None]}
     none = jax.tree.map(lambda leaf: leaf[:0], some)
     empty = jax.tree.map(lambda leaf: leaf[:, :0], some)
@@ -180,8 +179,10 @@ def test_episodes_without_tasks_or_support(net):
     with pytest.raises(ValueError, match="support: no examples to adapt on"):
         run(task, start, {"support": empty, "query": some})
     with pytest.raises(ValueError, match="steps: got -1"):
-        maml.objective(finetune.objective(model), OPTIMIZER, steps=-1)
-    task = maml.objective(finetune.objective(model), OPTIMIZER, steps=1, chunk=2)
+        meta.maml(meta.task(model), OPTIMIZER, steps=-1)
+    with pytest.raises(ValueError, match="backward: got 'reverse'; choose"):
+        meta.maml(meta.task(model), OPTIMIZER, steps=1, backward="reverse")
+    task = meta.objective(learner, chunk=2)
     three = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 3), some)
     with pytest.raises(ValueError, match="does not divide the 3"):
         run(task, start, {"support": three, "query": three})

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtransfer import losses, parallel
-from jaxtransfer.methods import adapt, distill, features, finetune, maml
+from jaxtransfer.methods import adapt, distill, features, finetune, meta
+from jaxtransfer.methods.meta import outer
 from jaxtransfer.train import eval_step, init_state, metrics, train_step
 from tests.twins import jitted, network
 
@@ -112,10 +113,28 @@ def adaptation(kind, *terms, critic=False):
     return build, whole, {}, BATCH
 
 
-def meta(kind, inner, **options):
+def meta_learning(kind, inner, chunk="auto", **options):
     net, start = made(kind)
-    task = maml.objective(finetune.objective(net), inner, steps=2, **options)
-    return lambda axis: task, start, {}, episodes()
+    learner = meta.maml(meta.task(net), inner, steps=2, **options)
+    task = meta.objective(learner, chunk=chunk)
+    return lambda axis: task, learner.init(start), {}, episodes()
+
+
+def collecting(kind):
+    """Every part of the outer level: learned rates, weights of steps, statistics."""
+    net, start = made(kind, normalized=True)
+    task = meta.task(net, statistics="running")
+    learner = meta.maml(task, meta.per_layer_per_step(0.2), steps=2)
+    weights = meta.multi_step_weights(2, 10)
+    whole = meta.objective(learner, chunk=1, step_weights=weights, collect=0.5)
+    return lambda axis: whole, meta.counted(learner.init(start)), {}, episodes()
+
+
+def reptile(kind):
+    net, start = made(kind)
+    learner = meta.maml(meta.task(net), SGD, steps=2, first_order=True)
+    task = meta.reptile(learner)
+    return lambda axis: task, start, {}, {"support": episodes()["support"]}
 
 
 SGD = optax.sgd(0.4)
@@ -132,13 +151,17 @@ METHODS = {
     "adapt, mmd": lambda: adaptation("nnx", MMD),
     "adapt, coral": lambda: adaptation("linen", CORAL),
     "adapt, dann": lambda: adaptation("linen", critic=True),
-    "maml, second, sgd": lambda: meta("linen", SGD),
-    "maml, second, adam, chunks": lambda: meta("nnx", ADAM, chunk=1),
-    "maml, first, adam": lambda: meta("linen", ADAM, first_order=True),
-    "maml, first, sgd, chunks": lambda: meta(
-        "nnx", SGD, first_order=True, chunk=2, remat=False
+    "maml, second, sgd": lambda: meta_learning("linen", SGD),
+    "maml, second, adam, chunks": lambda: meta_learning("nnx", ADAM, chunk=1),
+    "maml, first, adam": lambda: meta_learning("linen", ADAM, first_order=True),
+    "maml, stored, sgd, chunks": lambda: meta_learning(
+        "nnx", SGD, backward="stored", chunk=2
     ),
-    "maml, head, sgd, chunks": lambda: meta("linen", SGD, rules="head", chunk=1),
+    "maml, head, sgd, chunks": lambda: meta_learning(
+        "linen", SGD, rules="head", backward="remat", chunk=1
+    ),
+    "maml++": lambda: collecting("linen"),
+    "reptile": lambda: reptile("nnx"),
 }
 
 
@@ -202,10 +225,10 @@ def sharded(step, mesh):
     )
 
 
-@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("chunk", ["auto", 1])
 @pytest.mark.parametrize("first_order", [False, True])
 def test_inner_steps_under_plain_shard_map_keep_tasks_apart(chunk, first_order, mesh):
-    build, variables, _, batch = meta(
+    build, variables, _, batch = meta_learning(
         "linen", SGD, first_order=first_order, chunk=chunk
     )
     state = init_state(KEY, variables, OUTER)
@@ -219,7 +242,7 @@ def test_that_test_fails_without_the_cast(mesh, monkeypatch):
     from jaxtransfer.train import step as step_module
 
     monkeypatch.setattr(step_module, "_per_device", lambda tree, axis_name: tree)
-    build, variables, _, batch = meta("linen", SGD)
+    build, variables, _, batch = meta_learning("linen", SGD)
     state = init_state(KEY, variables, OUTER)
     expected, _ = parallel.jit_step(step_of(build), donate=False)(state, batch)
     after, _ = sharded(step_of(build, "data"), mesh)(state, batch)
@@ -230,12 +253,12 @@ def test_that_test_fails_without_the_cast(mesh, monkeypatch):
 def test_a_task_on_one_device_is_untouched_by_the_others(mesh):
     """Adapted parameters of task 0 stay when every other support set changes."""
     net, start = made("linen")
-    to_task = maml.adapt(finetune.objective(net), SGD, steps=3)
+    learner = meta.maml(meta.task(net), SGD, steps=3)
 
     def per_device(params, support):
         params = jax.lax.pcast(params, "data", to="varying")
         one = jax.tree.map(lambda leaf: leaf[0], support)
-        adapted, _ = to_task(params, {}, {}, one, KEY)
+        adapted = learner.adapt(params, {}, {}, one, KEY).params
         return jax.tree.map(lambda leaf: leaf[None], adapted)
 
     run = jax.jit(
@@ -250,6 +273,28 @@ def test_a_task_on_one_device_is_untouched_by_the_others(mesh):
     close(*first, tolerance=0.0)
     with pytest.raises(AssertionError):
         close(before, after, 1e-3)
+
+
+def test_automatic_chunks_have_a_task_for_every_device(mesh, monkeypatch):
+    """Where there is room for one task a device, no device does another's work."""
+    monkeypatch.setitem(outer._ROOM, "cpu", 1.0)
+    build, variables, _, batch = meta_learning("linen", SGD)
+    state = init_state(KEY, variables, OUTER)
+    expected, _ = parallel.jit_step(step_of(build), donate=False)(state, batch)
+    chunks = []
+
+    def spy(*arguments):
+        chunks.append(chunk_of(*arguments))
+        return chunks[-1]
+
+    chunk_of = outer._chunk
+    monkeypatch.setattr(outer, "_chunk", spy)
+    over = parallel.jit_step(step_of(build), mesh, donate=False)
+    close(over(state, batch)[0].params, expected.params)
+    parallel.shard_map_step(step_of(build, "data"), mesh)(state, batch)
+    assert chunks == [8, 1]
+    laid = parallel.replicate(state, mesh), parallel.shard_batch(batch, mesh)
+    assert "all-gather" not in over.lower(*laid).compile().as_text()
 
 
 # --- batch statistics, dropout --------------------------------------------------------

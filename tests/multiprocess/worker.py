@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
 from jaxtransfer import nets, tree  # noqa: E402
-from jaxtransfer.methods import adapt, finetune, maml  # noqa: E402
+from jaxtransfer.methods import adapt, finetune, meta  # noqa: E402
 from jaxtransfer.model import from_linen  # noqa: E402
 from jaxtransfer.train import init_state, metrics, train_step  # noqa: E402
 
@@ -53,6 +53,7 @@ key = jax.random.key(0)
 start = jax.jit(net.init)(key, np.ones((2, 6), np.float32))
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05))
 task = finetune.objective(net)
+few_shot = meta.task(net, statistics="transductive")
 runs = {
     "finetune": (task, start, lambda seed: batches(seed)),
     "adapt": (
@@ -61,7 +62,7 @@ runs = {
         lambda seed: {"source": batches(seed), "target": batches(seed + 100)},
     ),
     "maml": (
-        maml.objective(task, optax.sgd(0.1), steps=2),
+        meta.objective(meta.maml(few_shot, optax.sgd(0.1), steps=2)),
         start,
         lambda seed: {"support": batches(seed, 4), "query": batches(seed + 100, 4)},
     ),
