@@ -44,7 +44,7 @@ class Config(StudyConfig):
     query: Path = tyro.MISSING
     """Folder of the images to predict, IMAGE or CLASS/IMAGE."""
     steps: int | None = None
-    """Gradient steps, of methods that take any; as many as in training if None."""
+    """Gradient steps, of methods that take any; as saved with the network if None."""
     rate: float | None = None
     """Rate of the inner SGD, of methods that have a fixed one; as in training if
     None."""
@@ -83,7 +83,7 @@ def adapt(
     Args:
         saved: from :func:`experiments.few_shot_saved.load`.
         support: ``inputs``, ``labels`` and ``names`` of ``data.image_folder``.
-        steps: inner steps, if others than in training.
+        steps: inner steps; as saved with the network if None.
         rate: of the inner SGD, if another than in training.
         seed: of the networks that draw while they adapt.
 
@@ -162,7 +162,7 @@ def draw(
         for axes, height in ((above, heights[0]), (below, heights[1])):
             axes.set(xlim=(0, COLUMNS), ylim=(height, 0), aspect="equal")
             axes.set_axis_off()
-        above.set_title(f"{title}: support by class")
+        above.set_title(f"support by class ({title})")
         for c, name in enumerate(names):
             rows = np.flatnonzero(labels == c)
             count = f"{len(rows)}, shown: {fits}" if len(rows) > fits else len(rows)
@@ -262,7 +262,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         )
     title = f"{saved.method}, {len(names)} classes"
     if len(task.losses) > 1:
-        title += f", {len(task.losses) - 1} steps"
+        title += f", gradient steps: {len(task.losses) - 1}"
     draw(
         folder / "adapt_task.png",
         title,
@@ -299,7 +299,7 @@ def _record(folder: Path, title: str, task: Task, found: list[dict[str, Any]]) -
     for row in found:
         of = f" ({row['class']})" if "class" in row else ""
         print(f"{row['image']}: {row['prediction']} {row['confidence']:.0%}{of}")
-    losses = " → ".join(f"{loss:.3f}" for loss in task.losses)
+    losses = " → ".join(f"{loss:.3f}" for loss in dict.fromkeys(task.losses[[0, -1]]))
     print(f"{title}; loss on the support: {losses}")
     if accuracy is not None:
         chance = f"chance is {100 / len(classes):.1f} %"

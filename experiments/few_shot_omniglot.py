@@ -500,7 +500,7 @@ def main(config: Config) -> dict[str, Any]:
                     method, seed, judge(follow, starts[seed], {}, validation, test)
                 )
             )
-            _keep(config, folder, method, starts[0])
+            _keep(config, folder, method, starts[0], results[0][method])
             minutes[method] = (time.perf_counter() - clock) / 60
             _write(results, minutes, folder)
         if config.baselines:
@@ -531,7 +531,13 @@ def main(config: Config) -> dict[str, Any]:
     return _report(config, results, minutes, folder, started)
 
 
-def _keep(config: Config, folder: Path, method: str, variables: Variables) -> None:
+def _keep(
+    config: Config,
+    folder: Path,
+    method: str,
+    variables: Variables,
+    found: Mapping[str, Any],
+) -> None:
     """The network of the first seed, for ``experiments.adapt_task``."""
     steps = RECIPES[method].steps or config.inner_steps
     save(
@@ -543,6 +549,7 @@ def _keep(config: Config, folder: Path, method: str, variables: Variables) -> No
         shots=config.shots,
         rate=config.inner_learning_rate,
         steps=steps,
+        test_steps=found["support statistics"]["steps"],
         statistics="support",
         variables=variables,
         invert=config.dataset == "omniglot",

@@ -38,6 +38,7 @@ class Saved:
         shots: support examples of a class in training.
         rate: of the inner SGD in training.
         steps: inner steps in training.
+        test_steps: inner steps when it adapts, unless told otherwise.
         statistics: whose batch statistics normalise when it adapts.
         invert: whether its images were inverted, so that ink is 1.
         variables: meta-parameters and state.
@@ -50,6 +51,7 @@ class Saved:
     shots: int
     rate: float
     steps: int
+    test_steps: int
     statistics: meta.Statistics
     invert: bool
     variables: Variables
@@ -65,7 +67,7 @@ class Saved:
 
         Args:
             ways: classes of the task.
-            steps: inner steps, if others than in training.
+            steps: inner steps; ``test_steps`` if None.
             rate: of the inner SGD, if another than in training.
 
         Raises:
@@ -82,7 +84,7 @@ class Saved:
         setting = dataclasses.replace(
             setting,
             ways=ways if free else self.ways,
-            steps=self.steps if steps is None else steps,
+            steps=self.test_steps if steps is None else steps,
             rate=self.rate if rate is None else rate,
         )
         variables = self.variables
@@ -155,6 +157,7 @@ def save(
     statistics: meta.Statistics,
     variables: Variables,
     invert: bool,
+    test_steps: int | None = None,
 ) -> None:
     """Write a meta-trained network to a folder of its own.
 
@@ -170,6 +173,8 @@ def save(
         statistics: see above.
         variables: of the learner: without the count of updates.
         invert: see above.
+        test_steps: see above, such as the number that was best on validation tasks;
+            ``steps`` if None.
 
     Raises:
         ValueError: no recipe of ``method``, or one that is not meta-trained.
@@ -185,6 +190,7 @@ def save(
         "shots": shots,
         "rate": rate,
         "steps": steps,
+        "test_steps": steps if test_steps is None else test_steps,
         "statistics": statistics,
         "invert": invert,
     }

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from PIL import Image
-from scipy.spatial import KDTree
 
 from jaxtransfer.data.arrays import as_arrays, check_finite
 from jaxtransfer.data.records import ArrayRecords, Decoder, Source
@@ -166,6 +165,8 @@ def _mean_nearest(
     clouds: Sequence[np.ndarray], others: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Mean distance of a cloud's points to the nearest of another, `[a, b]`."""
+    from scipy.spatial import KDTree
+
     sizes = np.array([len(cloud) for cloud in clouds])
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     points = np.concatenate(clouds)

@@ -101,7 +101,12 @@ def predict(model: Model, *, train: bool = False) -> Predict:
     def run(
         params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
     ) -> Any:
-        whole = tree.combine(params, frozen.get("params", {}))
-        return model.apply(Variables(whole, model_state), inputs, train=train)[0]
+        held = frozen.get("params", {})
+        return model.apply(
+            Variables(tree.combine(params, held), model_state),
+            inputs,
+            train=train,
+            held=tree.held_modules(params, held),
+        )[0]
 
     return run

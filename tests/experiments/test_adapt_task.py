@@ -22,6 +22,7 @@ ABOUT = {
     "shots": 1,
     "rate": 0.4,
     "steps": 2,
+    "test_steps": 5,
     "statistics": "support",
     "invert": True,
 }
@@ -124,7 +125,7 @@ def test_fewer_classes_than_outputs_and_a_query_without_labels(
     for name in ("bar", "post"):
         image = tmp_path / "support" / name / "0.png"
         shutil.copy(image, tmp_path / "query" / f"some {name}.png")
-    found = adapt_task.main(options(tmp_path, networks / "MAML", steps=5))
+    found = adapt_task.main(options(tmp_path, networks / "MAML"))
     assert [row["prediction"] for row in found] == ["bar", "post"]
     assert all("class" not in row for row in found)
     assert all(list(row["probabilities"]) == ["bar", "post"] for row in found)

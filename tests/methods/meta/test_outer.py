@@ -12,7 +12,6 @@ from jaxtransfer.methods.meta import outer
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, metrics, scan_fit, train_step
 from tests.tasks import KEY, close, episodes, first, gradient, made
-from tests.twins import same
 
 MODEL, START = made("linen")
 BATCH = episodes()
@@ -121,6 +120,22 @@ def test_the_loss_of_every_step_is_weighed_and_its_gradient_with_it(curves):
     close(found, gradient(summed, START, BATCH)[1])
 
 
+def test_the_losses_of_many_steps_keep_no_activations():
+    part = {"inputs": jnp.ones((1, 500, 6)), "labels": jnp.zeros((1, 500), int)}
+    batch = {"support": first(BATCH)["support"], "query": part}
+
+    def memory(steps):
+        learner = meta.maml(meta.task(MODEL), optax.sgd(0.2), steps=steps)
+        weights = meta.multi_step_weights(steps, 9)
+        weighed = meta.objective(learner, step_weights=weights, chunk=1)
+        state = meta.counted(START).model_state
+        run = jax.jit(jax.grad(lambda p: weighed(p, {}, state, batch, KEY)[0]))
+        analysis = run.lower(START.params).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    assert memory(20) < 1.5 * memory(4)
+
+
 def test_the_weights_follow_the_number_of_updates(curves):
     """All of the weight is on the last loss from the third update on."""
     objective = meta.objective(
@@ -224,21 +239,7 @@ def test_a_diverged_task_is_named():
 # --- tasks of different size ----------------------------------------------------------
 
 
-def follow(model, params, batch, **options):
-    """Adapted parameters of each task, and the trajectory."""
-    learner = meta.maml(meta.task(model), optax.adam(0.1), steps=2, **options)
-
-    @jax.jit
-    def run(params, batch):
-        adapted = jax.vmap(lambda s: learner.adapt(params, {}, {}, s, KEY).params)
-        return adapted(batch["support"]), meta.trajectory(learner)(
-            params, {}, {}, batch, KEY
-        )
-
-    return run(params, batch)
-
-
-def test_rows_that_do_not_count_change_nothing():
+def test_rows_that_do_not_count_change_nothing(curves):
     def padded(part):
         rows = part["labels"].shape[1]
         where = jnp.arange(rows + 3) < rows
@@ -250,7 +251,8 @@ def test_rows_that_do_not_count_change_nothing():
         }
 
     more = {name: padded(part) for name, part in BATCH.items()}
-    close(follow(MODEL, START.params, more), follow(MODEL, START.params, BATCH))
+    follow = jax.jit(meta.trajectory(LEARNER))
+    close(follow(START.params, {}, {}, more, KEY), curves)
 
 
 def test_classes_that_a_task_lacks_change_nothing():
@@ -260,11 +262,27 @@ def test_classes_that_a_task_lacks_change_nothing():
     params = model.init(KEY, jnp.ones((1, 6))).params
     classes = jnp.tile(jnp.array([True, True, False]), (4, 1))
     fewer = {name: {**part, "classes": classes} for name, part in batch.items()}
-    adapted, curves = follow(model, params, fewer)
-    cut = jax.tree.map(lambda leaf: leaf[..., :2], params)
-    close(
-        (jax.tree.map(lambda leaf: leaf[..., :2], adapted), curves),
-        follow(two, cut, batch),
-    )
-    kept = jax.tree.map(lambda leaf: leaf[:, ..., 2], adapted)
-    assert same(kept, jax.tree.map(lambda leaf: jnp.stack([leaf[..., 2]] * 4), params))
+
+    def run(model, params, batch):
+        task = meta.task(model)
+        learner = meta.maml(task, optax.adam(0.1), steps=2)
+
+        @jax.jit
+        @jax.vmap
+        def each(episode):
+            adapted, state, _ = learner.adapt(params, {}, {}, episode["support"], KEY)
+            loss, (_, measured) = task.query(adapted, {}, state, episode["query"], KEY)
+            return adapted, (loss, measured)
+
+        return each(batch)
+
+    adapted, judged = run(model, params, fewer)
+
+    def first_two(tree):
+        return jax.tree.map(lambda leaf: leaf[..., :2], tree)
+
+    close((first_two(adapted), judged), run(two, first_two(params), batch))
+    for name, leaf in params.items():
+        np.testing.assert_array_equal(
+            adapted[name][..., 2], jnp.stack([leaf[..., 2]] * 4)
+        )
