@@ -14,7 +14,8 @@ Backward = Literal["forward-over-reverse", "remat", "stored"]
 
 - ``"forward-over-reverse"``: the product of the Hessian with the gradient so far, as a
   directional derivative of the inner gradient. Keeps no activations of a step; the
-  inner loss is not differentiated with respect to the support examples.
+  inner loss is not differentiated with respect to the support examples, ``frozen`` or
+  the model state.
 - ``"remat"``: reverse over reverse, with the step run again on the way back. Keeps no
   activations either.
 - ``"stored"``: reverse over reverse; memory grows with the number of steps.

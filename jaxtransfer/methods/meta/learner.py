@@ -179,7 +179,8 @@ def task(
     Returns:
         Objectives over ``{"inputs" [rows, ...], "labels" [rows, ...]}``, with ``"where"
         [rows]`` for rows that count and ``"classes" [ways]`` for classes that there
-        are, so that tasks of different size share one compiled program.
+        are, so that tasks of different size share one compiled program. Rows that
+        don't count still enter the statistics of a batch; ``"running"`` has none.
 
     Raises:
         ValueError: an unknown name of statistics.

@@ -182,7 +182,9 @@ def objective(
 
     Args:
         learner: any, e.g. from :func:`~jaxtransfer.methods.meta.maml`.
-        chunk: tasks that run side by side; must divide the number of tasks.
+        chunk: tasks that run side by side; must divide the number of tasks. Under
+            ``jit`` over a mesh the tasks of a chunk are divided among devices, so a
+            number should be a multiple of theirs, as ``"auto"`` is.
         step_weights: ``(updates so far) -> weights [steps + 1]`` of the query losses
             before and after each step, e.g. :func:`multi_step_weights`; the last alone
             if None. Needs :func:`counted` variables.
