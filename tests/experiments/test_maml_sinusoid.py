@@ -26,13 +26,13 @@ def test_same_seed_prints_the_same_table(tmp_path, capsys):
     assert printed.splitlines()[:5] == capsys.readouterr().out.splitlines()[:5]
     assert list(first) == ["5 points, 0 steps", "5 points, 1 steps"]
     values = first["5 points, 1 steps"]
-    assert list(values) == ["untrained", "pretrained", "MAML"]
+    assert list(values) == ["untrained", "pretrained", "MAML", "MAML++"]
     assert all(len(v) == 2 and np.isfinite(v).all() for v in values.values())
     other = study.main(dataclasses.replace(config, seed=1))
     assert other != first
     folder = min((tmp_path / "maml_sinusoid").iterdir())
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    assert len(rows) == 6 and {row["baseline"] for row in rows} == {None, "pretrained"}
+    assert len(rows) == 8 and {row["baseline"] for row in rows} == {None, "pretrained"}
 
 
 def test_training_tells_maml_from_its_baseline(tmp_path):
@@ -50,6 +50,7 @@ def test_training_tells_maml_from_its_baseline(tmp_path):
     )
     last = study.main(config)["10 points, 10 steps"]
     assert last["MAML"][0] < 0.7 * last["pretrained"][0]
+    assert last["MAML++"][0] < 0.7 * last["pretrained"][0]
 
 
 def test_all_points_of_all_tasks_are_one_batch(key):
