@@ -1,7 +1,6 @@
 """Array operations that the losses, networks and methods are built from."""
 
 from jaxtransfer.ops.chunked import chunked_mean
-from jaxtransfer.ops.footprint import traced_bytes
 from jaxtransfer.ops.fourier import fourier_sums
 from jaxtransfer.ops.kernels import (
     mean_squared_distance,
@@ -33,7 +32,6 @@ __all__ = [
     "self_squared_distances",
     "shuffled",
     "squared_distances",
-    "traced_bytes",
     "vary",
     "varying_axes",
     "winograd_conv",

@@ -12,7 +12,7 @@ def winograd_conv(
     inputs: Float[Array, "... height width channels"],
     kernel: Float[Array, "3 3 channels features"],
     *,
-    precision=None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "... height_out width_out features"]:
     r"""Convolution of 3x3 windows at every position, by Winograd's F(2x2, 3x3).
 
