@@ -132,7 +132,7 @@ CASES = [
     of_logits(scores.mutual_information),
     of_logits(scores.nuclear_norm),
     of_logits(scores.snd),
-    of_logits(scores.snd, "tiles", tile=2, temperature=1e-3),
+    of_logits(scores.snd, "tiles", tile=2, temperature=1e-2),
     of_losses(scores.iwcv),
     of_losses(scores.dev),
 ]
