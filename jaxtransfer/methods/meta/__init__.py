@@ -24,6 +24,7 @@ from jaxtransfer.methods.meta.learned import per_layer_per_step as per_layer_per
 from jaxtransfer.methods.meta.learner import Adapted as Adapted
 from jaxtransfer.methods.meta.learner import Learner as Learner
 from jaxtransfer.methods.meta.learner import Statistics as Statistics
+from jaxtransfer.methods.meta.learner import StepStatistics as StepStatistics
 from jaxtransfer.methods.meta.learner import Task as Task
 from jaxtransfer.methods.meta.learner import task as task
 from jaxtransfer.methods.meta.metric import matching as matching

@@ -62,7 +62,8 @@ def maml(
 
     Returns:
         The learner. With a learned optimizer its meta-parameters are
-        ``{"network": …, "optimizer": …}``, else those of the network.
+        ``{"network": …, "optimizer": …}``, else those of the network. Rows for each
+        step, of parameters and statistics, are made by its ``init``.
 
     Raises:
         ValueError: ``steps`` is negative; (at the call) a rule matches nothing that is
@@ -91,21 +92,26 @@ def maml(
     settled = task.statistics or _unchanged
     collected = task.collected or _unchanged
 
+    def rows(leaves: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], steps + 1, 0), leaves
+        )
+
+    def of_step(state: ModelState, number: Any) -> ModelState:
+        return _row(state, number) if task.per_step else state
+
     def init(variables: Variables) -> Variables:
-        params = variables.params
+        params, state = variables
         if per_step is not None:
             repeated, rest = tree.partition(params, per_step)
-            rows = jax.tree.map(
-                lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], steps + 1, 0), repeated
-            )
-            params = tree.combine(rows, rest)
+            params = tree.combine(rows(repeated), rest)
         if isinstance(optimizer, Learned):
             network = variables.params
             if per_step is not None:
                 _, network = tree.partition(network, per_step)
             fast = network if rules is None else tree.partition(network, rules)[0]
             params = {"network": params, "optimizer": optimizer.init(fast, steps)}
-        return Variables(params, variables.model_state)
+        return Variables(params, rows(state) if task.per_step else state)
 
     def begin(params: Params) -> tuple[optax.GradientTransformation, Any, Any, Any]:
         """The optimizer, and what adapts, what does not, and what is per step."""
@@ -150,10 +156,10 @@ def maml(
             if visit is None:
                 return None
             whole = network(fast, number)
-            return visit(whole, settle(whole, state))
+            return visit(whole, settle(whole, state, number))
 
-        def settle(whole: Params, state: ModelState) -> ModelState:
-            return settled(whole, frozen, state, support, key)
+        def settle(whole: Params, state: ModelState, number: Any) -> ModelState:
+            return settled(whole, frozen, of_step(state, number), support, key)
 
         # What is seen of a step keeps no activations either.
         see = look if backward == "stored" else jax.checkpoint(look)
@@ -162,7 +168,10 @@ def maml(
             fast, slots, state = carry
             number, key = number_and_key
             held = tree.combine(slow, _row(repeated, number))
-            slopes, state = gradient(fast, held, frozen, state, support, key)
+            slopes, after = gradient(
+                fast, held, frozen, of_step(state, number), support, key
+            )
+            state = state if task.per_step else after
             if first_order:
                 slopes = jax.lax.stop_gradient(slopes)
             updates, slots = inner.update(slopes, slots, fast)
@@ -186,7 +195,7 @@ def maml(
                 )
         fast, _, state = carry
         whole = network(fast, steps)
-        return Adapted(whole, settle(whole, state), visited)
+        return Adapted(whole, settle(whole, state, steps), visited)
 
     def statistics(
         params: Params,
@@ -195,6 +204,17 @@ def maml(
         support: Batch,
         key: jax.Array,
     ) -> ModelState:
+        if task.per_step:
+            return adapt(
+                params,
+                frozen,
+                model_state,
+                support,
+                key,
+                visit=lambda whole, state: collected(
+                    whole, frozen, state, support, key
+                ),
+            ).visited
         _, fast, slow, repeated = begin(params)
         whole = tree.combine(fast, slow, _row(repeated, 0))
         return collected(whole, frozen, model_state, support, key)
@@ -214,7 +234,7 @@ def _unchanged(params, frozen, model_state, support, key):
 
 
 def _row(repeated: Params, number: Any) -> Params:
-    """The parameters of one step; the last ones for steps beyond those trained."""
+    """The values of one step; the last ones for steps beyond those trained."""
 
     def pick(leaf: jax.Array) -> jax.Array:
         at = jnp.minimum(number, len(leaf) - 1)

@@ -91,8 +91,8 @@ def implicit_maml(
         The learner.
 
     Raises:
-        ValueError: ``strength`` is not positive, ``iterations`` is below 1, or an
-            unknown solver.
+        ValueError: ``strength`` is not positive, ``iterations`` is below 1, an
+            unknown solver, or a task with statistics by step.
 
     References:
         Rajeswaran et al., *Meta-learning with implicit gradients*, NeurIPS 2019, eqs.
@@ -104,6 +104,11 @@ def implicit_maml(
         raise ValueError(f"iterations: got {iterations}; it must be 1 or more")
     if solver not in _SOLVERS:
         raise ValueError(f"solver: got {solver!r}; choose one of {sorted(_SOLVERS)}")
+    if task.per_step:
+        raise ValueError(
+            'task: statistics="per_step" belong to steps, of which implicit MAML keeps '
+            "no trace; choose another for meta.task"
+        )
     solve = _SOLVERS[solver]
     descend = maml(
         task,

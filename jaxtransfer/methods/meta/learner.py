@@ -5,7 +5,7 @@ of any of them the objective whose gradient is the meta-gradient.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,15 @@ Statistics = Literal["transductive", "support", "running"]
   :func:`~jaxtransfer.methods.meta.objective`.
 
 Networks without batch normalisation are the same under all three.
+"""
+
+StepStatistics = Literal["transductive", "support", "running", "per_step"]
+"""Those of :data:`Statistics`, or, for learners of gradient steps:
+
+- ``"per_step"``: running statistics of their own for every step (BNRS of MAML++): an
+  array ``[steps + 1, ...]`` in the model state for each one of the network, of which
+  step ``j`` is normalised by row ``j`` and the query by the last. ``collect`` fills row
+  ``j`` with the support's statistics after ``j`` steps.
 """
 
 Visit = Callable[[Any, ModelState], Any]
@@ -106,6 +115,8 @@ class Task(NamedTuple):
         collected: the same signature: statistics of the support examples to be
             collected; see ``collect`` of
             :func:`~jaxtransfer.methods.meta.objective`. None if there are none.
+        per_step: whether the model state has a row for every step; see
+            :data:`StepStatistics`.
     """
 
     support: Objective
@@ -113,6 +124,7 @@ class Task(NamedTuple):
     predict: Predict | None = None
     statistics: Callable[..., ModelState] | None = None
     collected: Callable[..., ModelState] | None = None
+    per_step: bool = False
 
 
 def batch_statistics(
@@ -165,7 +177,7 @@ def task(
     *,
     loss: Loss = losses.cross_entropy,
     query_loss: Loss | None = None,
-    statistics: Statistics = "support",
+    statistics: StepStatistics = "support",
 ) -> Task:
     r"""A supervised task of a network: classification, or regression.
 
@@ -174,13 +186,14 @@ def task(
         loss: ``(outputs [rows, ...], labels [rows, ...]) -> [rows]``, inside and
             outside.
         query_loss: the loss outside, if it is another.
-        statistics: whose batch statistics normalise; see :data:`Statistics`.
+        statistics: whose batch statistics normalise; see :data:`StepStatistics`.
 
     Returns:
         Objectives over ``{"inputs" [rows, ...], "labels" [rows, ...]}``, with ``"where"
         [rows]`` for rows that count and ``"classes" [ways]`` for classes that there
         are, so that tasks of different size share one compiled program. Rows that
-        don't count still enter the statistics of a batch; ``"running"`` has none.
+        don't count still enter the statistics of a batch; ``"running"`` and
+        ``"per_step"`` take none of it.
 
     Raises:
         ValueError: an unknown name of statistics.
@@ -197,12 +210,11 @@ def task(
         >>> learner.predict(adapted.params, {}, {}, jnp.eye(2)).argmax(-1).tolist()
         [0, 2]
     """
-    if statistics not in ("transductive", "support", "running"):
+    if statistics not in get_args(StepStatistics):
         raise ValueError(
-            f'statistics: got {statistics!r}; choose "transductive", "support" or '
-            '"running"'
+            f"statistics: got {statistics!r}; choose one of {get_args(StepStatistics)}"
         )
-    train = statistics != "running"
+    train = statistics in ("transductive", "support")
     own = statistics == "transductive"
     outside = loss if query_loss is None else query_loss
     in_training = supervised(model, loss, train=True)
@@ -216,6 +228,7 @@ def task(
         predict(model, train=own),
         of_batch if train else None,
         of_batch,
+        statistics == "per_step",
     )
 
 
@@ -240,6 +253,7 @@ __all__ = [
     "Adapted",
     "Learner",
     "Statistics",
+    "StepStatistics",
     "Task",
     "Visit",
     "task",

@@ -188,9 +188,10 @@ def objective(
         step_weights: ``(updates so far) -> weights [steps + 1]`` of the query losses
             before and after each step, e.g. :func:`multi_step_weights`; the last alone
             if None. Needs :func:`counted` variables.
-        collect: momentum, 0 ... 1, of running batch statistics of the support examples
-            under the meta-parameters, for ``statistics="running"``: the share of the
-            old ones that is kept. Left as they are if None.
+        collect: momentum, 0 ... 1, of running batch statistics of the support examples,
+            for ``statistics="running"`` (under the meta-parameters) and ``"per_step"``
+            (after each step): the share of the old ones that is kept. Left as they are
+            if None.
 
     Returns:
         Objective over ``{"support": ..., "query": ...}`` with a leading axis of tasks.

@@ -176,6 +176,46 @@ def test_only_what_is_asked_for_is_collected(statistics):
     assert set(jaxpr.jaxpr.outvars) == set(jaxpr.jaxpr.invars)
 
 
+def test_statistics_of_every_step():
+    """Collected after each; step j is normalised by row j, the query by the last."""
+    learner = built("per_step", steps=2)
+    start = learner.init(START)
+    run = jax.jit(meta.objective(learner, collect=0.0))
+    _, (state, _) = run(start.params, {}, start.model_state, BATCH, KEY)
+    assert state["batch_stats"]["norm"]["mean"].shape == (3, 4)
+
+    def after(steps, support):
+        """Plain steps on running statistics, those of the start here."""
+        params = built("running", steps=steps).adapt(
+            START.params, {}, START.model_state, support, KEY
+        )
+        return by_hand(params.params, support["inputs"])
+
+    supports = [
+        jax.tree.map(lambda leaf, n=n: leaf[n], BATCH["support"])
+        for n in range(len(BATCH["support"]["labels"]))
+    ]
+    for row in range(3):
+        each = [after(row, support) for support in supports]
+        mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each)
+        close(jax.tree.map(lambda leaf, row=row: leaf[row], state), mean, 1e-4)
+
+    def loss(row, by=1.0):
+        moved = jax.tree.map(lambda leaf: leaf.at[row].add(by), state)
+        return float(run(start.params, {}, moved, BATCH, KEY)[0])
+
+    kept = run(start.params, {}, state, BATCH, KEY)[0]
+    assert all(abs(loss(row) - kept) > 1e-4 for row in range(3))
+    found = learner.adapt(start.params, {}, state, supports[0], KEY).model_state
+    assert same(found, jax.tree.map(lambda leaf: leaf[2], state))
+
+
+def test_statistics_of_every_step_need_steps():
+    task = meta.task(from_linen(Net()), statistics="per_step")
+    with pytest.raises(ValueError, match='statistics="per_step" belong to steps'):
+        meta.implicit_maml(task, optax.sgd(0.1), steps=1)
+
+
 def test_nothing_to_collect_is_refused():
     task = meta.task(from_linen(Net()))
     bare = meta.maml(meta.Task(task.support, task.query), optax.sgd(0.1), steps=1)
