@@ -30,7 +30,7 @@ from rich.progress import Progress
 
 from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
 from experiments.few_shot_recipes import RECIPES, Recipe, Setting, network, with_head
-from experiments.few_shot_saved import save
+from experiments.few_shot_saved import ANY_WAYS, save
 from jaxtransfer import data, prng
 from jaxtransfer.data import episodes
 from jaxtransfer.methods import finetune, meta
@@ -84,8 +84,13 @@ class Config(StudyConfig):
     """Classes for meta-training, validation and test, drawn from the seed."""
     ways: int = 5
     """Classes of a task."""
+    train_ways: int = 0
+    """Classes of a task in meta-training; 0: as many as at test. Only for methods
+    without an output of their own for each class, such as ProtoNet."""
     shots: int = 1
     """Support examples of a class."""
+    also: tuple[tuple[int, int], ...] = ()
+    """Further tests, (ways, shots) each, of the methods that any task suits."""
     queries: int = 3
     """Query examples of a class in meta-training."""
     test_queries: int = 5
@@ -192,13 +197,22 @@ def read(config: Config) -> dict[str, Pool]:
     }
 
 
-def draw(config: Config, key: jax.Array, inputs, index, tasks: int, queries: int):
+def draw(
+    config: Config,
+    key: jax.Array,
+    inputs: jax.Array,
+    index: data.ClassIndex,
+    *,
+    tasks: int,
+    queries: int,
+    ways: int = 0,
+) -> episodes.Episodes:
     return episodes.sample(
         key,
         inputs,
         index,
         tasks=tasks,
-        ways=config.ways,
+        ways=ways or config.ways,
         shots=config.shots,
         queries=queries,
         rotations=True,
@@ -265,6 +279,8 @@ def meta_trainer(config: Config, pool: Pool, method: Method) -> Trainer:
     assert recipe.build is not None
     steps = recipe.steps or config.inner_steps
     chosen = setting(config, recipe, steps, "transductive")
+    if config.train_ways:
+        chosen = dataclasses.replace(chosen, ways=config.train_ways)
     learner = recipe.build(chosen)
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.meta_steps)
 
@@ -274,7 +290,15 @@ def meta_trainer(config: Config, pool: Pool, method: Method) -> Trainer:
     def make_sample(inputs: jax.Array, index: data.ClassIndex):
         def sample(key: jax.Array, number: jax.Array):
             key = jax.random.fold_in(key, number)
-            return draw(config, key, inputs, index, config.tasks, config.queries)
+            return draw(
+                config,
+                key,
+                inputs,
+                index,
+                tasks=config.tasks,
+                queries=config.queries,
+                ways=config.train_ways,
+            )
 
         return sample
 
@@ -337,9 +361,12 @@ def base_mean(config: Config, variables: Variables, inputs: jax.Array) -> jax.Ar
 class Follower:
     """Accuracies of tasks over the steps of a learner, compiled once for all seeds."""
 
-    def __init__(self, config: Config, recipe: Recipe, build: Any, measure: str):
+    def __init__(
+        self, config: Config, recipe: Recipe, build: Any, measure: str, ways: int
+    ):
         steps = config.steps if recipe.build else config.baseline_steps
         chosen = setting(config, recipe, steps, MEASURES[measure])
+        chosen = dataclasses.replace(chosen, ways=ways)
         self.learner = build(chosen)
         run = meta.trajectory(self.learner)
 
@@ -363,12 +390,12 @@ class Follower:
         return np.concatenate([self._follow(variables, frozen, g) for g in groups])
 
 
-def followers(config: Config, method: str) -> dict[str, dict[str, Follower]]:
+def followers(config: Config, method: str, ways: int) -> dict[str, dict[str, Follower]]:
     """By measure, what a method may choose from at test."""
     recipe = RECIPES[method]
     return {
         measure: {
-            name: Follower(config, recipe, build, measure)
+            name: Follower(config, recipe, build, measure, ways)
             for name, build in recipe.tests.items()
         }
         for measure in MEASURES
@@ -439,7 +466,8 @@ def main(config: Config) -> dict[str, Any]:
         ``{measure: {method: accuracies by seed in %}}``.
 
     Raises:
-        ValueError: an option does not divide another as it must.
+        ValueError: an option does not divide another as it must, or ``train_ways`` or
+            ``also`` do not suit a method.
     """
     for whole, part in (
         ("meta_steps", "block"),
@@ -449,19 +477,40 @@ def main(config: Config) -> dict[str, Any]:
         size, divisor = getattr(config, whole), getattr(config, part)
         if size % divisor:
             raise ValueError(f"{whole}: {size} must be a multiple of {part}, {divisor}")
+    bound = sorted({*config.methods, *config.baselines} - set(ANY_WAYS))
+    for option in ("train_ways", "also"):
+        if getattr(config, option) and bound:
+            raise ValueError(
+                f"{option}: got {getattr(config, option)}, but {bound} may have an "
+                f"output for each class; leave it out, or choose methods among "
+                f"{sorted(ANY_WAYS)} and no baselines"
+            )
     folder = start_run("few_shot_omniglot", config)
     started = time.perf_counter()
     pools = read(config)
     root = jax.random.key(config.seed)
 
-    def fixed(part: str, tasks: int) -> episodes.Episodes:
+    def fixed(part: str, tasks: int, kind: tuple[int, int]) -> episodes.Episodes:
         pool, key = pools[part], prng.stream(root, part)
-        return draw(config, key, pool.inputs, pool.index, tasks, config.test_queries)
+        ways, shots = kind
+        return draw(
+            dataclasses.replace(config, ways=ways, shots=shots),
+            key,
+            pool.inputs,
+            pool.index,
+            tasks=tasks,
+            queries=config.test_queries,
+        )
 
-    validation = fixed("validation", config.validation_tasks)
-    test = fixed("test", config.test_tasks)
+    kinds = [(config.ways, config.shots), *config.also]
+    validation = {
+        kind: fixed("validation", config.validation_tasks, kind) for kind in kinds
+    }
+    test = {kind: fixed("test", config.test_tasks, kind) for kind in kinds}
     keys = [prng.stream(root, f"seed {seed}") for seed in range(config.seeds)]
-    results: list[dict[str, Any]] = [{} for _ in keys]
+    results: dict[tuple[int, int], list[dict[str, Any]]] = {
+        kind: [{} for _ in keys] for kind in kinds
+    }
     minutes: dict[str, float] = {}
     stop = Event()
 
@@ -473,14 +522,24 @@ def main(config: Config) -> dict[str, Any]:
                 stop.set()
                 raise
 
-    def record(method: str, seed: int, found: dict[str, Any]) -> None:
-        results[seed][method] = found
-        first = found[next(iter(MEASURES))]
-        print(
-            f"seed {seed}, {method}: {100 * first['validation']:.2f} % on validation "
-            f"tasks, {first['steps']} steps {first['variant']}",
-            flush=True,
-        )
+    def judged(method: str, starts: list[Variables], frozen: list[Any]) -> None:
+        for kind in kinds:
+            follow = followers(config, method, kind[0])
+
+            def one(seed: int, kind: tuple[int, int] = kind, follow: Any = follow):
+                found = judge(
+                    follow, starts[seed], frozen[seed], validation[kind], test[kind]
+                )
+                results[kind][seed][method] = found
+                first = found[next(iter(MEASURES))]
+                print(
+                    f"{kind[0]}-way {kind[1]}-shot, seed {seed}, {method}: "
+                    f"{100 * first['validation']:.2f} % on validation tasks, "
+                    f"{first['steps']} steps {first['variant']}",
+                    flush=True,
+                )
+
+            every_seed(one)
 
     with progress() as display:
 
@@ -494,15 +553,10 @@ def main(config: Config) -> dict[str, Any]:
         for method in config.methods:
             clock = time.perf_counter()
             starts = trained(method, meta_trainer(config, pools["train"], method))
-            follow = followers(config, method)
-            every_seed(
-                lambda seed, method=method, follow=follow, starts=starts: record(
-                    method, seed, judge(follow, starts[seed], {}, validation, test)
-                )
-            )
-            _keep(config, folder, method, starts[0], results[0][method])
+            judged(method, starts, [{}] * len(keys))
+            _keep(config, folder, method, starts[0], results[kinds[0]][0][method])
             minutes[method] = (time.perf_counter() - clock) / 60
-            _write(results, minutes, folder)
+            _write(results[kinds[0]], minutes, folder)
         if config.baselines:
             clock = time.perf_counter()
             wholes = trained("pretraining", pretrainer(config, pools["train"]))
@@ -518,17 +572,15 @@ def main(config: Config) -> dict[str, Any]:
             minutes["pretraining"] = (time.perf_counter() - clock) / 60
         for method in config.baselines:
             clock = time.perf_counter()
-            follow = followers(config, method)
-            every_seed(
-                lambda seed, method=method, follow=follow: record(
-                    method,
-                    seed,
-                    judge(follow, pretrained[seed], frozen[seed], validation, test),
-                )
-            )
+            judged(method, pretrained, frozen)
             minutes[method] = (time.perf_counter() - clock) / 60
-            _write(results, minutes, folder)
-    return _report(config, results, minutes, folder, started)
+            _write(results[kinds[0]], minutes, folder)
+    tables = []
+    for kind, found in results.items():
+        place = folder if kind == kinds[0] else folder / f"{kind[0]}-way {kind[1]}-shot"
+        place.mkdir(exist_ok=True)
+        tables.append(_report(config, kind, found, minutes, place, started))
+    return tables[0]
 
 
 def _keep(
@@ -587,6 +639,7 @@ def _write(
 
 def _report(
     config: Config,
+    kind: tuple[int, int],
     results: list[dict[str, Any]],
     minutes: Mapping[str, float],
     folder: Path,
@@ -610,7 +663,7 @@ def _report(
             chosen = [(found["steps"], found["variant"]) for found in of_method]
             notes.append(f"  {measure}, {method}: ± {width:.2f}, {chosen}")
         table[measure] = values
-    name = f"{config.dataset.capitalize()}, {config.ways}-way {config.shots}-shot"
+    name = f"{config.dataset.capitalize()}, {kind[0]}-way {kind[1]}-shot"
     show(name, rows, folder, started=started)
     print("95 % over the test tasks of a seed; gradient steps and variant chosen:")
     print("\n".join(notes))

@@ -51,7 +51,7 @@ def task_loss(
     if jnp.issubdtype(labels.dtype, jnp.integer):
         accuracy = losses.accuracy(outputs, labels)
         measured["accuracy"] = metrics.mean(accuracy, where=where)
-    return jnp.asarray(task.total / jnp.maximum(task.count, 1)), measured
+    return metrics.value(task), measured
 
 
 def supervised(model: Model, loss: Loss, *, train: bool) -> Objective:

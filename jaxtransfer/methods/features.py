@@ -138,7 +138,7 @@ def objective(
             measured["accuracy"] = metrics.mean(
                 losses.accuracy(outputs, labels), where=where
             )
-        return task.total / jnp.maximum(task.count, 1), (model_state, measured)
+        return metrics.value(task), (model_state, measured)
 
     return value
 

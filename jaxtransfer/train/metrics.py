@@ -37,6 +37,16 @@ def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
     )
 
 
+def value(pair: Mean) -> jax.Array:
+    """The mean of a pair, differentiably; 0 where nothing was counted.
+
+    Example:
+        >>> float(value(Mean(3.0, 2.0)))
+        1.5
+    """
+    return jnp.asarray(pair.total / jnp.maximum(pair.count, 1))
+
+
 def promote(metrics: Metrics) -> dict[str, Mean]:
     """Turn scalars into one-value means; pairs stay as they are."""
     return {

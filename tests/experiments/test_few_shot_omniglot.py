@@ -108,6 +108,11 @@ def test_new_head_keeps_the_pretrained_features(key):
     [
         ({"meta_steps": 5}, "meta_steps: 5 must be a multiple of block, 2"),
         ({"test_tasks": 6}, "test_tasks: 6 must be a multiple of validation_tasks, 4"),
+        (
+            {"train_ways": 4},
+            r"train_ways: got 4, but \['MAML', 'SimpleShot'\] may have",
+        ),
+        ({"also": ((2, 2),)}, r"also: got \(\(2, 2\),\), but \['MAML', 'SimpleShot'\]"),
     ],
 )
 def test_options_that_do_not_divide_are_refused(tmp_path, options, message):
@@ -115,6 +120,22 @@ def test_options_that_do_not_divide_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         study.main(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_training_and_several_kinds_of_tasks(tmp_path, capsys):
+    config = dataclasses.replace(
+        SMOKE,
+        run_dir=tmp_path,
+        methods=("ProtoNet",),
+        baselines=(),
+        train_ways=4,
+        also=((2, 2),),
+        seeds=1,
+    )
+    study.main(config)
+    assert "Digits, 2-way 2-shot" in capsys.readouterr().out
+    tables = {path.parent.name for path in tmp_path.rglob("table.md")}
+    assert len(tables) == 2 and "2-way 2-shot" in tables
 
 
 @pytest.mark.data

@@ -1,0 +1,21 @@
+"""Distillation: a student learns what teachers know, in one domain or across two.
+
+:func:`objective` joins a task loss and any number of :class:`Term` s, each a loss
+between a layer (or the output) of the student and one of a teacher. :func:`start` makes
+what they need besides the student: bridges between features of different shape,
+memories, a count of updates for schedules.
+"""
+
+from jaxtransfer.methods.distill.bridges import match as match
+from jaxtransfer.methods.distill.bridges import variational as variational
+from jaxtransfer.methods.distill.cross_domain import (
+    cross_domain_objective as cross_domain_objective,
+)
+from jaxtransfer.methods.distill.objective import objective as objective
+from jaxtransfer.methods.distill.start import start as start
+from jaxtransfer.methods.distill.student import init as init
+from jaxtransfer.methods.distill.student import moving_average as moving_average
+from jaxtransfer.methods.distill.student import of_student as of_student
+from jaxtransfer.methods.distill.student import predict as predict
+from jaxtransfer.methods.distill.student import with_average as with_average
+from jaxtransfer.methods.distill.terms import Term as Term

@@ -1,0 +1,104 @@
+"""Distillation from a teacher of one domain to a student for another."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxtransfer import losses
+from jaxtransfer.methods._domains import gather, join
+from jaxtransfer.methods.distill.objective import divergence
+from jaxtransfer.methods.distill.student import of_student
+from jaxtransfer.train import metrics
+from jaxtransfer.typing import (
+    Batch,
+    Frozen,
+    Metrics,
+    Model,
+    ModelState,
+    Objective,
+    Params,
+    Scalar,
+)
+
+
+def cross_domain_objective(
+    student: Model,
+    teacher: Model,
+    *,
+    tap: str,
+    temperature: float = 4.0,
+    distillation: float = 1.0,
+    alignment: float = 1.0,
+    distance: Callable[[jax.Array, jax.Array], Scalar] = (
+        losses.maximum_mean_discrepancy
+    ),
+    axis_name: str | None = None,
+) -> Objective:
+    r"""Distil a source teacher into a student for an unlabelled target domain.
+
+    .. math:: L = \lambda_d \left[ \mathrm{KD}_T(s, t; x^S) + \mathrm{KD}_T(s, t; x^T)
+              \right] / 2 + \lambda_a\, d(\phi_s(x^S), \phi_s(x^T))
+
+    The teacher teaches on the inputs of both domains (on its own domain it is right
+    more often); the student's tapped features of the two are drawn together. No
+    labels are read. ``alignment=0`` is distillation alone.
+
+    Args:
+        student: network of ``params["student"]``; see :func:`init`.
+        teacher: network of ``frozen["teacher"]``, trained on the source domain.
+        tap: path of the student's layer whose outputs ``[batch, ...]`` are aligned.
+        temperature: :math:`T > 0`.
+        distillation: :math:`\lambda_d \ge 0`; at 0 the teacher is not run.
+        alignment: :math:`\lambda_a \ge 0`; at 0 the distance is not computed.
+        distance: set distance of ``[n, features]`` and ``[m, features]``.
+        axis_name: device axis to gather features over under ``pmap`` or ``shard_map``.
+
+    Returns:
+        Objective over ``{"source": {"inputs"}, "target": {"inputs"}}``. With
+        ``"labels"`` in ``source`` the student's cross-entropy there is added.
+
+    Raises:
+        ValueError: (at the first call) source and target have different shapes.
+    """
+
+    def value(
+        params: Params,
+        frozen: Frozen,
+        model_state: ModelState,
+        batch: Batch,
+        key: jax.Array,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        source, target = batch["source"], batch["target"]
+        inputs = join(source["inputs"], target["inputs"])
+        count = len(source["inputs"])
+        logits, features, student_state = student.apply(
+            of_student(params, model_state), inputs, train=True, key=key, taps=(tap,)
+        )
+        measured: Metrics = {}
+        total = jnp.zeros((), jnp.float32)
+        if distillation:
+            taught, _, _ = teacher.apply(frozen["teacher"], inputs)
+            of_source = divergence(logits[:count], taught[:count], temperature)
+            of_target = divergence(logits[count:], taught[count:], temperature)
+            measured["distillation"] = of_target
+            total += (
+                distillation * (metrics.value(of_source) + metrics.value(of_target)) / 2
+            )
+        if alignment:
+            rows = features[tap].reshape(len(inputs), -1)
+            measured["alignment"] = distance(
+                *gather((rows[:count], rows[count:]), axis_name)
+            )
+            total += alignment * measured["alignment"]
+        if "labels" in source:
+            measured["task_loss"] = metrics.mean(
+                losses.cross_entropy(logits[:count], source["labels"])
+            )
+            total += metrics.value(measured["task_loss"])
+        return total, ({**model_state, "student": student_state}, measured)
+
+    return value
+
+
+__all__ = ["cross_domain_objective"]

@@ -1,0 +1,134 @@
+"""The student in a training state, and its moving average."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxtransfer.train.state import TrainState
+from jaxtransfer.typing import (
+    Frozen,
+    Inputs,
+    Model,
+    ModelState,
+    Params,
+    Predict,
+    Variables,
+)
+
+
+def init(student: Variables) -> Variables:
+    """Give a student its role, ``{"student": …}``, as the objectives here expect.
+
+    Args:
+        student: variables of the student network.
+
+    Returns:
+        Variables for :func:`~jaxtransfer.train.init_state`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> sorted(init(Variables({"w": jnp.ones(2)})).params)
+        ['student']
+    """
+    return Variables({"student": student.params}, {"student": student.model_state})
+
+
+def of_student(params: Params, model_state: ModelState) -> Variables:
+    """The student alone: what is saved, exported or used as the next teacher.
+
+    Args:
+        params: of the training state.
+        model_state: of the training state.
+
+    Returns:
+        Variables of the student network, without bridges.
+    """
+    return Variables(params["student"], model_state["student"])
+
+
+def predict(student: Model) -> Predict:
+    """Outputs of the student.
+
+    Args:
+        student: the network given to the objective.
+
+    Returns:
+        ``(params, frozen, model_state, inputs) -> outputs`` in evaluation mode.
+    """
+
+    def run(
+        params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
+    ) -> Any:
+        del frozen
+        return student.apply(of_student(params, model_state), inputs)[0]
+
+    return run
+
+
+def with_average(variables: Variables) -> Variables:
+    """Begin the student's moving average at the student.
+
+    Args:
+        variables: from :func:`init` or :func:`~jaxtransfer.methods.distill.start`.
+
+    Returns:
+        Variables whose model state has ``"average"``: the teacher of that name in a
+        :class:`~jaxtransfer.methods.distill.Term`.
+    """
+    own = of_student(variables.params, variables.model_state)
+    state = {**variables.model_state, "average": own._asdict()}
+    return Variables(variables.params, state)
+
+
+def moving_average(decay: float) -> Callable[[TrainState], TrainState]:
+    r"""The mean teacher: a moving average of the student, statistics included.
+
+    .. math:: \bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta
+
+    Args:
+        decay: :math:`d`, 0 … 1.
+
+    Returns:
+        ``after_update`` for :func:`~jaxtransfer.train.train_step`, of a state that
+        began with :func:`with_average`.
+
+    Raises:
+        ValueError: ``decay`` is not in 0 … 1; (at the call) there is no average.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from jaxtransfer.train import init_state
+        >>> begun = with_average(init(Variables({"w": jnp.array(1.0)})))
+        >>> state = init_state(jax.random.key(0), begun, optax.sgd(0.1))
+        >>> state = state.replace(params={"student": {"w": jnp.array(3.0)}})
+        >>> state = moving_average(0.5)(state)
+        >>> float(state.model_state["average"]["params"]["w"])
+        2.0
+
+    References:
+        Tarvainen, Valpola, *Mean teachers are better role models*, NeurIPS 2017, eq. 2.
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay: got {decay}; it must lie in 0 … 1")
+
+    def follow(state: TrainState) -> TrainState:
+        if "average" not in state.model_state:
+            raise ValueError(
+                "the model state has no 'average'; begin with "
+                "distill.with_average(variables)"
+            )
+        own = of_student(state.params, state.model_state)._asdict()
+
+        def move(old: jax.Array, new: jax.Array) -> jax.Array:
+            if not jax.numpy.issubdtype(new.dtype, jax.numpy.inexact):
+                return new
+            return decay * old + (1 - decay) * new
+
+        average = jax.tree.map(move, state.model_state["average"], own)
+        return state.replace(model_state={**state.model_state, "average": average})
+
+    return follow
+
+
+__all__ = ["init", "moving_average", "of_student", "predict", "with_average"]

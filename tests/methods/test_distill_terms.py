@@ -1,0 +1,424 @@
+"""Objectives of many terms: what each compares, weighs, carries and is bridged by."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtransfer import losses
+from jaxtransfer.methods import distill
+from jaxtransfer.methods.distill import Term
+from jaxtransfer.model import from_linen
+from jaxtransfer.train import init_state, train_step
+from jaxtransfer.train.metrics import finalize, promote
+from jaxtransfer.typing import Variables
+from tests.twins import same
+
+KEY = jax.random.key(0)
+
+
+class Net(nn.Module):
+    """Two maps of other sizes, batch statistics, and logits."""
+
+    width: int
+    size: int = 4
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = jnp.tanh(nn.Dense(self.width * self.size**2, name="first")(x))
+        x = nn.BatchNorm(not train, name="norm")(x)
+        x = x.reshape(len(x), self.size, self.size, self.width)
+        x = nn.Dense(self.width, name="maps")(x)
+        x = nn.Dense(self.width, name="more")(jnp.tanh(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+X = jax.random.normal(KEY, (6, 5))
+BATCH = {"inputs": X, "labels": jnp.array([0, 2, 1, 1, 0, 2])}
+SMALL, LARGE, OTHER = (from_linen(Net(*size)) for size in ((2,), (3, 2), (4, 4)))
+STUDENT = SMALL.init(jax.random.key(1), X)
+TEACHER = LARGE.init(jax.random.key(2), X)
+SECOND = OTHER.init(jax.random.key(3), X)
+
+
+def run(task, begun, batch=BATCH, teacher: Any = TEACHER, **more):
+    frozen = {} if teacher is None else {"teacher": teacher}
+    loss, (state, measured) = jax.jit(task)(
+        begun.params, {**frozen, **more}, begun.model_state, batch, KEY
+    )
+    return float(loss), state, finalize(promote(measured))
+
+
+def of_student(path, train=True):
+    return SMALL.apply(STUDENT, X, train=train, taps=(path,))[1][path]
+
+
+def of_teacher(path, model=LARGE, variables=TEACHER):
+    return model.apply(variables, X, taps=(path,))[1][path]
+
+
+def outputs():
+    return SMALL.apply(STUDENT, X, train=True)[0], LARGE.apply(TEACHER, X)[0]
+
+
+def test_the_sum_of_what_the_terms_say():
+    terms = {
+        "logits": Term(
+            loss=losses.knowledge_distillation, weight=0.9, options={"temperature": 2.0}
+        ),
+        "attention": Term(
+            loss=losses.attention_transfer, student="maps", teacher="maps", weight=10.0
+        ),
+        "labelled": Term(
+            loss=losses.decoupled_knowledge_distillation, batch=("labels",), weight=0.5
+        ),
+        "flow": Term(
+            loss=lambda a, b, c, d: jnp.mean(a * b) - jnp.mean(c * d),
+            student=("maps", "more"),
+            teacher=("maps", "more"),
+        ),
+        "nothing": Term(loss=losses.hint, student="no such layer", weight=0.0),
+    }
+    task = distill.objective(SMALL, LARGE, terms=terms, task_weight=0.1)
+    loss, _, measured = run(task, distill.init(STUDENT))
+    own, taught = outputs()
+    expected = {
+        "logits": losses.knowledge_distillation(own, taught, temperature=2.0).mean(),
+        "attention": losses.attention_transfer(
+            of_student("maps"), of_teacher("maps")
+        ).mean(),
+        "labelled": losses.decoupled_knowledge_distillation(
+            own, taught, BATCH["labels"]
+        ).mean(),
+        "flow": jnp.mean(of_student("maps") * of_student("more"))
+        - jnp.mean(of_teacher("maps") * of_teacher("more")),
+        "task_loss": losses.cross_entropy(own, BATCH["labels"]).mean(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(measured[name], value, rtol=1e-5, err_msg=name)
+    weights = {"logits": 0.9, "attention": 10.0, "labelled": 0.5, "task_loss": 0.1}
+    total = sum(weights.get(name, 1.0) * value for name, value in expected.items())
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+    assert set(measured) == {*expected, "accuracy"}
+
+
+def test_a_term_of_weight_zero_is_absent():
+    terms = {"logits": Term(loss=losses.knowledge_distillation)}
+    more = {**terms, "hint": Term(loss=losses.hint, weight=0.0, bridge=distill.match())}
+    programs = [
+        jax.jit(distill.objective(SMALL, LARGE, terms=given))
+        .lower(*_arguments(distill.init(STUDENT)))
+        .as_text()
+        for given in (terms, more)
+    ]
+    assert programs[0] == programs[1]
+    alone = distill.objective(SMALL, LARGE, terms={"hint": more["hint"]})
+    run(alone, distill.init(STUDENT), teacher=None)  # No teacher is needed.
+
+
+def _arguments(begun):
+    return begun.params, {"teacher": TEACHER}, begun.model_state, BATCH, KEY
+
+
+def test_every_network_runs_once():
+    calls = []
+
+    def counting(model, name):
+        def apply(*given, **options):
+            calls.append((name, options.get("taps", ())))
+            return model.apply(*given, **options)
+
+        return model._replace(apply=apply)
+
+    terms = {
+        str(n): Term(loss=losses.similarity_preserving, student=path, teacher=path)
+        for n, path in enumerate(("maps", "more", "maps"))
+    }
+    task = distill.objective(
+        counting(SMALL, "student"), counting(LARGE, "teacher"), terms=terms
+    )
+    jax.eval_shape(task, *_arguments(distill.init(STUDENT)))
+    assert calls == [("student", ("maps", "more")), ("teacher", ("maps", "more"))]
+
+
+def test_rows_that_do_not_count_and_rows_of_a_teacher():
+    where, mine = jnp.arange(6) < 5, jnp.arange(6) % 2 == 0
+    terms = {
+        "set": Term(loss=losses.similarity_preserving, student="maps", teacher="maps"),
+        "each": Term(loss=losses.knowledge_distillation, rows="mine"),
+        "tokens": Term(loss=lambda s, t, where: (s - t) ** 2, rows="mine"),
+    }
+    task = distill.objective(SMALL, LARGE, terms=terms)
+    batch = {**BATCH, "where": where, "mine": mine}
+    _, _, measured = run(task, distill.init(STUDENT), batch)
+    own, taught = outputs()
+    np.testing.assert_allclose(
+        measured["set"],
+        losses.similarity_preserving(
+            of_student("maps"), of_teacher("maps"), where=where
+        ),
+        rtol=1e-5,
+    )
+    rows = [0, 2, 4]
+    each = losses.knowledge_distillation(own[jnp.array(rows)], taught[jnp.array(rows)])
+    np.testing.assert_allclose(measured["each"], each.mean(), rtol=1e-5)
+    squares = ((own - taught) ** 2)[jnp.array(rows)].mean()
+    np.testing.assert_allclose(measured["tokens"], squares, rtol=1e-5)
+
+
+# --- several teachers -----------------------------------------------------------------
+
+
+def test_several_teachers():
+    terms = {
+        "a": Term(loss=losses.knowledge_distillation, of="a"),
+        "b": Term(
+            loss=losses.similarity_preserving, student="maps", teacher="more", of="b"
+        ),
+        "both": Term(loss=losses.multi_teacher_distillation, of=("a", "b")),
+    }
+    teachers = {"a": LARGE, "b": OTHER}
+    task = distill.objective(SMALL, teachers, terms=terms)
+    given = {"a": TEACHER, "b": SECOND}
+    _, _, measured = run(task, distill.init(STUDENT), teacher=given)
+    own, taught = outputs()
+    other = OTHER.apply(SECOND, X)[0]
+    expected = {
+        "a": losses.knowledge_distillation(own, taught).mean(),
+        "b": losses.similarity_preserving(
+            of_student("maps"), of_teacher("more", OTHER, SECOND)
+        ),
+        "both": losses.multi_teacher_distillation(
+            own, jnp.stack([taught, other])
+        ).mean(),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(measured[name], value, rtol=1e-5, err_msg=name)
+    with pytest.raises(
+        ValueError, match=r"frozen\['teacher'\] has \['a'\], but a term"
+    ):
+        run(task, distill.init(STUDENT), teacher={"a": TEACHER})
+
+
+def test_what_the_batch_brings_is_not_run():
+    """The same loss and gradient from cached outputs and features."""
+    terms = {
+        "logits": Term(loss=losses.knowledge_distillation),
+        "maps": Term(loss=losses.similarity_preserving, student="maps", teacher="more"),
+    }
+    task = distill.objective(SMALL, LARGE, terms=terms)
+    begun = distill.init(STUDENT)
+    cached = {"": LARGE.apply(TEACHER, X)[0], "more": of_teacher("more")}
+    online, *_ = run(task, begun)
+    offline, *_ = run(task, begun, {**BATCH, "teacher": cached}, teacher=None)
+    np.testing.assert_allclose(online, offline, rtol=1e-6)
+    with pytest.raises(ValueError, match="needs 'more'; cache that as well"):
+        run(task, begun, {**BATCH, "teacher": {"": cached[""]}}, teacher=None)
+
+
+def test_the_student_teaches_itself():
+    """Deeper layers teach shallower ones and get no gradient for it."""
+    own = Term(loss=losses.hint, student="maps", teacher="more", of="student")
+    task = distill.objective(SMALL, terms={"own": own}, task_weight=0.0)
+    begun = distill.init(STUDENT)
+    loss, *_ = run(task, begun, teacher=None)
+    expected = losses.hint(of_student("maps"), of_student("more")).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    slopes = jax.grad(lambda p: task(p, {}, begun.model_state, BATCH, KEY)[0])(
+        begun.params
+    )["student"]
+    assert jnp.any(slopes["maps"]["kernel"]) and not jnp.any(slopes["more"]["kernel"])
+
+
+def test_the_moving_average_teaches():
+    begun = distill.with_average(distill.init(STUDENT))
+    terms = {"mean": Term(loss=losses.knowledge_distillation, of="average")}
+    task = distill.objective(SMALL, terms=terms)
+    step = train_step(task, optax.sgd(0.5), after_update=distill.moving_average(0.9))
+    state = init_state(KEY, begun, optax.sgd(0.5))
+    step = jax.jit(step)
+    first, _ = step(state, BATCH)
+    average = first.model_state["average"]["params"]
+    expected = jax.tree.map(
+        lambda old, new: 0.9 * old + 0.1 * new, STUDENT.params, first.params["student"]
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), average, expected)
+    _, measured = step(first, BATCH)
+    own = SMALL.apply(
+        distill.of_student(first.params, first.model_state), X, train=True
+    )[0]
+    taught = SMALL.apply(Variables(**first.model_state["average"]), X)[0]
+    np.testing.assert_allclose(
+        finalize(measured)["mean"],
+        losses.knowledge_distillation(own, taught).mean(),
+        rtol=1e-4,
+    )
+
+
+# --- what is begun with the student ---------------------------------------------------
+
+
+def started(terms):
+    return distill.start(
+        KEY,
+        SMALL,
+        LARGE,
+        terms,
+        student_variables=STUDENT,
+        teacher_variables=TEACHER,
+        inputs=X,
+    )
+
+
+def test_bridges_are_trained_and_not_exported():
+    terms = {
+        "hint": Term(
+            loss=losses.hint, student="maps", teacher="maps", bridge=distill.match()
+        ),
+        "normed": Term(
+            loss=losses.hint,
+            student="maps",
+            teacher="more",
+            bridge=distill.match(norm=True),
+        ),
+        "logits": Term(loss=losses.hint, bridge=distill.match()),  # of one shape
+    }
+    begun = started(terms)
+    assert sorted(begun.params["bridges"]) == ["hint", "normed"]
+    task = distill.objective(SMALL, LARGE, terms=terms)
+    loss, state, measured = run(task, begun)
+    pooled = of_student("maps").reshape(6, 2, 2, 2, 2, 2).mean((2, 4))
+    bridge = begun.params["bridges"]["hint"]["channels"]
+    crossed = pooled @ bridge["kernel"] + bridge["bias"]
+    expected = losses.hint(crossed, of_teacher("maps")).mean()
+    np.testing.assert_allclose(measured["hint"], expected, rtol=1e-5)
+    assert not same(state["bridges"]["normed"], begun.model_state["bridges"]["normed"])
+    slopes = jax.grad(
+        lambda p: task(p, {"teacher": TEACHER}, begun.model_state, BATCH, KEY)[0]
+    )(begun.params)["bridges"]
+    assert all(jnp.any(leaf) for leaf in jax.tree.leaves(slopes["hint"]))
+    assert same(distill.of_student(begun.params, begun.model_state), STUDENT)
+    with pytest.raises(ValueError, match="'hint' needs a bridge, which the parameters"):
+        run(task, distill.init(STUDENT))
+
+
+def test_a_sequence_is_brought_to_the_length_of_another():
+    net = distill.match()((1, 3, 2), (1, 5, 4))
+    assert net is not None
+    inputs = jnp.arange(12.0).reshape(2, 3, 2)
+    variables = net.init(KEY, inputs)
+    assert net.apply(variables, inputs)[0].shape == (2, 5, 4)
+    assert distill.match()((1, 5, 4), (1, 5, 4)) is None
+    with pytest.raises(ValueError, match="tap layers with as many axes"):
+        distill.match()((1, 5, 4), (1, 4))
+
+
+def test_the_variance_of_vid_is_learned():
+    def loss(guess, maps, **options):
+        return losses.variational_information_distillation(
+            guess[0], maps, guess[1], **options
+        )
+
+    terms = {
+        "vid": Term(
+            loss=loss, student="more", teacher="more", bridge=distill.variational
+        )
+    }
+    small, same_size = from_linen(Net(2)), from_linen(Net(3))
+    given = same_size.init(KEY, X)
+    begun = distill.start(
+        KEY,
+        small,
+        same_size,
+        terms,
+        student_variables=STUDENT,
+        teacher_variables=given,
+        inputs=X,
+    )
+    variance = jax.nn.softplus(begun.params["bridges"]["vid"]["variance"]) + 1e-5
+    np.testing.assert_allclose(variance, 5.0, rtol=1e-6)
+    task = distill.objective(small, same_size, terms=terms)
+    slopes = jax.grad(
+        lambda p: task(p, {"teacher": given}, begun.model_state, BATCH, KEY)[0]
+    )(begun.params)
+    assert jnp.all(slopes["bridges"]["vid"]["variance"] != 0)
+
+
+def test_schedules_follow_the_updates():
+    terms = {
+        "logits": Term(
+            loss=losses.knowledge_distillation,
+            weight=optax.linear_schedule(0.0, 1.0, 2),
+            options={"temperature": lambda count: 1.0 + count},
+        )
+    }
+    task = distill.objective(SMALL, LARGE, terms=terms, task_weight=0.0)
+    begun = started(terms)
+    own, taught = outputs()
+    state = begun.model_state
+    for count in range(3):
+        found, state, _ = run(task, Variables(begun.params, state))
+        value = losses.knowledge_distillation(own, taught, temperature=1.0 + count)
+        np.testing.assert_allclose(found, min(count / 2, 1) * value.mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="follows the number of updates"):
+        run(task, distill.init(STUDENT))
+
+
+def test_a_memory_is_carried_and_a_key_is_given():
+    def loss(own, taught, labels, *, state, key):
+        new = state.at[labels].add(jax.lax.stop_gradient(own[:, 0]))
+        return state.sum() + jnp.mean(own) + 0 * jax.random.uniform(key), new
+
+    terms = {
+        "memory": Term(loss=loss, batch=("labels",), state=jnp.ones(3), random=True)
+    }
+    task = distill.objective(SMALL, LARGE, terms=terms, task_weight=0.0)
+    begun = started(terms)
+    value, state, _ = run(task, begun)
+    own = outputs()[0]
+    np.testing.assert_allclose(value, 3 + own.mean(), rtol=1e-5)
+    expected = np.ones(3)
+    np.add.at(expected, np.asarray(BATCH["labels"]), np.asarray(own[:, 0]))
+    np.testing.assert_allclose(state["terms"]["memory"], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="'memory' carries a state"):
+        run(task, distill.init(STUDENT))
+
+
+# --- bad input ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ({"of": "nobody"}, "'t': no teacher 'nobody'; there are"),
+        ({"batch": ("index",)}, "the batch has no 'index'; it has"),
+        ({"rows": "mine"}, "the batch has no 'mine', which says whom"),
+        (
+            {"student": ("maps", "more"), "bridge": distill.match()},
+            "a bridge joins one layer to one layer",
+        ),
+        ({"of": "average"}, "no 'average'; begin with"),
+    ],
+)
+def test_what_a_term_lacks_is_named(term, message):
+    made = Term(loss=losses.knowledge_distillation, **term)
+    with pytest.raises(ValueError, match=message):
+        run(distill.objective(SMALL, LARGE, terms={"t": made}), distill.init(STUDENT))
+
+
+def test_names_and_teachers_that_are_missing():
+    term = Term(loss=losses.knowledge_distillation)
+    with pytest.raises(ValueError, match="'task_loss' is the name of a metric"):
+        distill.objective(SMALL, LARGE, terms={"task_loss": term})
+    with pytest.raises(ValueError, match="frozen: there is no 'teacher'"):
+        run(
+            distill.objective(SMALL, LARGE, terms={"t": term}),
+            distill.init(STUDENT),
+            teacher=None,
+        )
+    with pytest.raises(ValueError, match="decay: got 2.0"):
+        distill.moving_average(2.0)
