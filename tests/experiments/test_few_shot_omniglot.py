@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import few_shot_config as options
 from experiments import few_shot_omniglot as study
 from experiments.few_shot_recipes import RECIPES, with_head
+from jaxtransfer import data
 
 SMOKE = study.PRESETS["smoke"]
 
@@ -55,10 +57,10 @@ def test_same_seed_gives_the_same_table_with_any_number_of_workers(smoke):
 
 
 def test_every_recipe_has_a_name_on_the_command_line():
-    names = typing.get_args(study.Method) + typing.get_args(study.Baseline)
+    names = typing.get_args(options.Method) + typing.get_args(options.Baseline)
     assert set(names) == set(RECIPES)
-    assert all(RECIPES[name].build for name in study.ALL)
-    assert not any(RECIPES[name].build for name in study.BASELINES)
+    assert all(RECIPES[name].build for name in options.ALL)
+    assert not any(RECIPES[name].build for name in options.BASELINES)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,7 @@ def test_one_training_and_several_kinds_of_tasks(tmp_path, capsys):
         baselines=(),
         train_ways=4,
         also=((2, 2),),
+        distort=True,
         seeds=1,
     )
     study.main(config)
@@ -140,7 +143,7 @@ def test_one_training_and_several_kinds_of_tasks(tmp_path, capsys):
 
 @pytest.mark.data
 def test_omniglot_is_read_with_ink_as_one(data_dir):
-    if study.data.sources.find_prepared("omniglot", data_dir=data_dir) is None:
+    if data.find_prepared("omniglot", data_dir=data_dir) is None:
         pytest.skip("omniglot is not prepared in JAXTRANSFER_DATA_DIR")
     pools = study.read(dataclasses.replace(study.Config(), data_dir=data_dir))
     assert [len(np.unique(p.labels)) for p in pools.values()] == [1100, 100, 423]
