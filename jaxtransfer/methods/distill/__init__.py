@@ -6,12 +6,17 @@ what they need besides the student: bridges between features of different shape,
 memories, a count of updates for schedules.
 """
 
+from jaxtransfer.methods._counting import counted as counted
 from jaxtransfer.methods.distill.bridges import match as match
 from jaxtransfer.methods.distill.bridges import variational as variational
 from jaxtransfer.methods.distill.cross_domain import (
     cross_domain_objective as cross_domain_objective,
 )
 from jaxtransfer.methods.distill.objective import objective as objective
+from jaxtransfer.methods.distill.online import init_cohort as init_cohort
+from jaxtransfer.methods.distill.online import mutual_objective as mutual_objective
+from jaxtransfer.methods.distill.online import of_cohort as of_cohort
+from jaxtransfer.methods.distill.online import stages as stages
 from jaxtransfer.methods.distill.start import start as start
 from jaxtransfer.methods.distill.student import init as init
 from jaxtransfer.methods.distill.student import moving_average as moving_average

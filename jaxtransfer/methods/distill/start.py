@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import prng
+from jaxtransfer.methods._counting import counted
 from jaxtransfer.methods.distill.student import init
 from jaxtransfer.methods.distill.views import Teacher, Terms, Views, bridge_of
 from jaxtransfer.typing import Inputs, Model, Variables
@@ -94,7 +95,7 @@ def start(
     if carried:
         state["terms"] = carried
     if any(term.scheduled for term in terms.values()):
-        state["updates"] = jnp.zeros((), jnp.int32)
+        return counted(Variables(params, state))
     return Variables(params, state)
 
 

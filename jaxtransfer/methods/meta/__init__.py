@@ -6,6 +6,7 @@ A :class:`Learner` adapts to a task; :func:`objective` is what is minimised over
     step = train_step(meta.objective(learner), optax.adam(1e-3))
 """
 
+from jaxtransfer.methods._counting import counted as counted
 from jaxtransfer.methods.meta.baselines import cosine_head as cosine_head
 from jaxtransfer.methods.meta.baselines import fine_tuning as fine_tuning
 from jaxtransfer.methods.meta.baselines import nearest_neighbors as nearest_neighbors
@@ -31,7 +32,6 @@ from jaxtransfer.methods.meta.metric import matching as matching
 from jaxtransfer.methods.meta.metric import prototypical as prototypical
 from jaxtransfer.methods.meta.metric import ridge as ridge
 from jaxtransfer.methods.meta.outer import check_finite as check_finite
-from jaxtransfer.methods.meta.outer import counted as counted
 from jaxtransfer.methods.meta.outer import multi_step_weights as multi_step_weights
 from jaxtransfer.methods.meta.outer import objective as objective
 from jaxtransfer.methods.meta.outer import reptile as reptile

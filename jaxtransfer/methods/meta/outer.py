@@ -26,7 +26,6 @@ from jaxtransfer.typing import (
     Objective,
     Params,
     Scalar,
-    Variables,
 )
 
 Chunk = int | Literal["auto"] | None
@@ -36,23 +35,6 @@ all."""
 
 _ROOM = {"cpu": 4e6}
 _ACCELERATOR_ROOM = 4e9
-
-
-def counted(variables: Variables) -> Variables:
-    """Add a count of updates to the model state, for weights that follow it.
-
-    Args:
-        variables: from :attr:`Learner.init`.
-
-    Returns:
-        Variables whose model state has ``"updates"``.
-
-    Example:
-        >>> int(counted(Variables({})).model_state["updates"])
-        0
-    """
-    state = {**variables.model_state, "updates": jnp.zeros((), jnp.int32)}
-    return Variables(variables.params, state)
 
 
 def multi_step_weights(steps: int, updates: int) -> Callable[[jax.Array], jax.Array]:
@@ -187,7 +169,7 @@ def objective(
             number should be a multiple of theirs, as ``"auto"`` is.
         step_weights: ``(updates so far) -> weights [steps + 1]`` of the query losses
             before and after each step, e.g. :func:`multi_step_weights`; the last alone
-            if None. Needs :func:`counted` variables.
+            if None. Needs :func:`~jaxtransfer.methods.meta.counted` variables.
         collect: momentum, 0 ... 1, of running batch statistics of the support examples,
             for ``statistics="running"`` (under the meta-parameters) and ``"per_step"``
             (after each step): the share of the old ones that is kept. Left as they are

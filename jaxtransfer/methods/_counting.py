@@ -1,0 +1,22 @@
+"""A count of updates in the model state, which weights and stages follow."""
+
+import jax.numpy as jnp
+
+from jaxtransfer.typing import Variables
+
+
+def counted(variables: Variables) -> Variables:
+    """Add a count of updates to the model state, for weights that follow it.
+
+    Args:
+        variables: of :func:`~jaxtransfer.train.init_state`.
+
+    Returns:
+        Variables whose model state has ``"updates"``.
+
+    Example:
+        >>> int(counted(Variables({})).model_state["updates"])
+        0
+    """
+    state = {**variables.model_state, "updates": jnp.zeros((), jnp.int32)}
+    return Variables(variables.params, state)
