@@ -42,7 +42,7 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     own_task(tmp_path)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
@@ -51,7 +51,8 @@ def test_python_blocks_run_in_order(capsys, tmp_path, monkeypatch):
     assert "['bar', 'post']" in printed
     assert jnp.isfinite(names["value"])
     assert int(names["state"].step) == 1
-    assert sorted(names["state"].params) == ["student"]
+    assert sorted(names["state"].params) == ["bridges", "student"]
+    assert "fresh 2, unused 2, missing 0" in printed
     assert jax.tree.all(
         jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), names["gradient"])
     )

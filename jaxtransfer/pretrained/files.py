@@ -1,0 +1,164 @@
+"""Files of weights as flat dicts of named arrays: safetensors, npz, Flax msgpack."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import serialization
+
+_SUFFIXES = (".safetensors", ".npz", ".msgpack")
+
+
+class _Content(NamedTuple):
+    entries: dict[str, Any]  # arrays, and whatever else a file holds, in its order
+    metadata: dict[str, str] | None = None
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a file of weights as it is, without a network.
+
+    Args:
+        path: ``.safetensors`` (needs the package of that name), ``.npz`` or
+            ``.msgpack`` (what ``flax.serialization`` writes).
+
+    Returns:
+        ``{name: array}`` in the file's order, names and layout. Names of a nested
+        file are joined by ``/``. What is no array of numbers, such as a list of
+        labels, is there too.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: a safetensors file, without the package.
+        ValueError: another ending, or a file that can't be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "weights.npz")
+        ...     np.savez(file, **{"head/kernel": np.ones((2, 3))})
+        ...     read(file)["head/kernel"].shape
+        (2, 3)
+    """
+    return read_content(path).entries
+
+
+def read_content(path: str | os.PathLike[str]) -> _Content:
+    """What :func:`read` gives, with a safetensors file's metadata."""
+    file = pathlib.Path(path).expanduser()
+    kind = kind_of(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {str(file)!r}; give the path of a file there")
+    if kind == ".safetensors":
+        _safetensors()  # its absence is no fault of the file
+    try:
+        return _READERS[kind](file)
+    except Exception as error:  # each format raises kinds of its own
+        raise ValueError(
+            f"{str(file)!r} can't be read as {kind} ({error}); is it whole, and does "
+            "its ending say what it is?"
+        ) from error
+
+
+def write_content(path: str | os.PathLike[str], content: _Content) -> None:
+    """Write entries in their order, names and layout."""
+    file = pathlib.Path(path).expanduser()
+    kind = kind_of(file)
+    entries: dict[str, Any] = {
+        name: np.ascontiguousarray(entry).reshape(entry.shape)
+        if isinstance(entry, np.ndarray)
+        else entry
+        for name, entry in content.entries.items()
+    }
+    part = file.with_name(f".{file.name}.part")  # a whole file or none
+    try:
+        if kind == ".safetensors":
+            _safetensors().save_file(entries, part, metadata=content.metadata)
+        elif kind == ".npz":
+            with part.open("wb") as opened:
+                np.savez(opened, **entries)
+        else:
+            part.write_bytes(serialization.msgpack_serialize(_nested(entries)))
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """The ending of a file's name, if it is one that can be read."""
+    kind = pathlib.Path(path).suffix.lower()
+    if kind not in _SUFFIXES:
+        raise ValueError(
+            f"path: {str(path)!r} ends in {kind!r}; weights are read from and written "
+            f"to {', '.join(_SUFFIXES)}. A file that PyTorch pickled is converted by "
+            "safetensors.torch.save_file(torch.load(file), new_file)"
+        )
+    return kind
+
+
+def is_weight(entry: Any) -> bool:
+    """Whether an entry is an array of numbers."""
+    return isinstance(entry, np.ndarray) and (
+        jax.dtypes.issubdtype(entry.dtype, np.number) or entry.dtype == np.bool_
+    )
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "files that end in .safetensors need the package safetensors; run: "
+            "python -m pip install safetensors"
+        ) from error
+    return safetensors.numpy
+
+
+def _read_safetensors(file: pathlib.Path) -> _Content:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as opened:
+        entries = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return _Content(entries, opened.metadata())
+
+
+def _read_npz(file: pathlib.Path) -> _Content:
+    with np.load(file, allow_pickle=False) as opened:
+        return _Content({name: opened[name] for name in opened.files})
+
+
+def _read_msgpack(file: pathlib.Path) -> _Content:
+    entries: dict[str, Any] = {}
+
+    def visit(node: Any, path: tuple[str, ...]) -> None:
+        if isinstance(node, Mapping) and (node or not path):
+            for name, below in node.items():
+                visit(below, (*path, str(name)))
+        else:
+            entries["/".join(path)] = node
+
+    visit(serialization.msgpack_restore(file.read_bytes()), ())
+    return _Content(entries)
+
+
+def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Rebuild a nested dict in the order of the entries."""
+    nested: dict[str, Any] = {}
+    for path, entry in entries.items():
+        *parents, name = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = entry
+    return nested
+
+
+_READERS = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".msgpack": _read_msgpack,
+}
+
+__all__ = ["read"]

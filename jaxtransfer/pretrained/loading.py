@@ -1,0 +1,253 @@
+"""From a file of weights to a network's variables, with a strict report, and back."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtransfer import tree
+from jaxtransfer.pretrained import files
+from jaxtransfer.pretrained.adapt import Adapter
+from jaxtransfer.pretrained.names import Leaf, Naming, flax, torch
+from jaxtransfer.pretrained.report import Report
+from jaxtransfer.typing import Inputs, Model, Variables
+
+# Counts batches in PyTorch's batch normalisation; of no use, and kept by `save(like=)`.
+_COUNTERS = "num_batches_tracked"
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Model,
+    inputs: Inputs,
+    *,
+    names: Naming | None = None,
+    key: jax.Array | None = None,
+    fresh: tree.Rules = (),
+    unused: tree.Rules = (),
+    adapt: Mapping[str, Adapter] | None = None,
+) -> tuple[Variables, Report]:
+    """Read a network's weights from a file.
+
+    Every leaf of the network must be in the file in its shape, and every entry of the
+    file in the network; what is to be otherwise is said by a rule. Parameters and
+    running statistics are read alike; a rule on ``"layer1_0"`` means both. Values are
+    converted to the types of the network's leaves.
+
+    Args:
+        path: ``.safetensors``, ``.npz`` or ``.msgpack``.
+        model: the network.
+        inputs: example of its inputs, arrays or ``jax.ShapeDtypeStruct``; only shapes
+            and types are used.
+        names: how the file names and lays out the leaves; by default :func:`torch` for
+            safetensors, :func:`flax` for the others.
+        key: of the initial values of what is ``fresh``.
+        fresh: rules on the network's paths: what keeps initial values whatever the
+            file holds, e.g. ``"head"`` for another number of classes; see
+            :func:`jaxtransfer.tree.match`.
+        unused: rules on the file's names, ``/`` for ``.``: entries to pass over.
+            PyTorch's ``num_batches_tracked`` and what is no array of numbers are
+            passed over anyway.
+        adapt: functions by rules on the network's paths that make values of another
+            shape, e.g. ``{"conv1/kernel": input_channels}``.
+
+    Returns:
+        The variables and the report.
+
+    Raises:
+        FileNotFoundError, ImportError: see :func:`read`.
+        ValueError: the file doesn't fit (the message is the report and what to do), a
+            rule matches nothing, or ``fresh`` without ``key``.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from jaxtransfer.model import from_linen
+        >>> from jaxtransfer.nets import MLP
+        >>> example, model = jnp.ones((1, 3)), from_linen(MLP(10, (4,)))
+        >>> source = model.init(jax.random.key(0), example)
+        >>> other = from_linen(MLP(2, (4,)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "mlp.safetensors")
+        ...     save(file, source)
+        ...     variables, report = load(
+        ...         file, other, example, fresh="head", key=jax.random.key(1))
+        >>> print(report)
+        matched 2, adapted 0, fresh 2, unused 2, missing 0, unexpected 0, wrong shape 0
+        fresh:
+          'head/bias'
+          'head/kernel'
+        unused:
+          'head.bias'
+          'head.weight'
+    """
+    content = files.read_content(path)
+    entries = {name: x for name, x in content.entries.items() if files.is_weight(x)}
+    leaves = _leaves(jax.eval_shape(model.init, jax.random.key(0), inputs))
+    naming = names or _naming_of(path)
+    places = {place: naming(leaf) for place, (leaf, _) in leaves.items()}
+    kept = tree.match(fresh, leaves)
+    adapters = _adapters(adapt or {}, leaves)
+    values, missing, mismatched = {}, {}, {}
+    for place, (leaf, wanted) in leaves.items():
+        if place in kept:
+            continue
+        looked_for = places[place].names
+        if any(name not in entries for name in looked_for):
+            missing[place] = looked_for
+            continue
+        value = places[place].read(*(entries[name] for name in looked_for))
+        if place in adapters:
+            value = np.asarray(adapters[place](value, leaf.shape))
+        if value.shape == leaf.shape:
+            values[place] = jnp.asarray(value, wanted.dtype)
+        else:
+            mismatched[place] = (value.shape, leaf.shape)
+    claimed = {name: place for place, entry in places.items() for name in entry.names}
+    over = [
+        name
+        for name in entries
+        if name not in claimed and name.rpartition(".")[2] != _COUNTERS
+    ]
+    passed = {name.replace(".", "/"): name for name in over}
+    passed = {passed[name] for name in tree.match(unused, passed)}
+    report = Report(
+        os.fspath(path),
+        {place: places[place].names for place in values},
+        adapted=tuple(sorted(set(adapters) & set(values))),
+        fresh=tuple(sorted(kept)),
+        unused=tuple(
+            name for name in entries if name in passed or claimed.get(name) in kept
+        ),
+        missing=missing,
+        unexpected=tuple(name for name in over if name not in passed),
+        mismatched=mismatched,
+    )
+    report.require_fit()
+    values |= _initial(model, inputs, key, kept)
+    return _variables({place: leaves[place][0] for place in leaves}, values), report
+
+
+def save(
+    path: str | os.PathLike[str],
+    variables: Variables,
+    *,
+    names: Naming | None = None,
+    like: str | os.PathLike[str] | None = None,
+) -> None:
+    """Write a network's weights to a file; undoes :func:`load` exactly.
+
+    Args:
+        path: ``.safetensors``, ``.npz`` or ``.msgpack``; replaced if it is there.
+        variables: of the network.
+        names: as in :func:`load`.
+        like: the file that the weights were loaded from: the new one gets its names,
+            their order (sorted in msgpack), their types, its metadata, and the entries
+            that are none of the network's leaves. Weights that did not change are
+            bit-identical in it.
+
+    Raises:
+        ImportError: a safetensors file, without the package.
+        ValueError: another ending, two leaves of one name, or leaves that are not in
+            the file ``like``.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> variables = Variables({"fc": {"kernel": jnp.ones((4, 2))}})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "weights.safetensors")
+        ...     save(file, variables)
+        ...     {name: x.shape for name, x in files.read(file).items()}
+        {'fc.weight': (2, 4)}
+    """
+    naming = names or _naming_of(path)
+    arrays: dict[str, np.ndarray] = {}
+    for place, (leaf, value) in _leaves(variables).items():
+        entry = naming(leaf)
+        for name, array in zip(
+            entry.names, entry.write(np.asarray(value)), strict=True
+        ):
+            if name in arrays:
+                raise ValueError(
+                    f"names: {name!r} is the name of {place!r} and of another leaf"
+                )
+            arrays[name] = array
+    if like is None:
+        metadata = {"format": "pt"}  # readers of safetensors ask for it
+        files.write_content(path, files._Content(dict(arrays), metadata))
+        return
+    content = files.read_content(like)
+    strange = [name for name in arrays if name not in content.entries]
+    if strange:
+        raise ValueError(
+            f"like: {os.fspath(like)!r} has no {strange[0]!r} (and {len(strange) - 1} "
+            f"more); nearest: {tree.nearest(strange[0], content.entries)}. Give the "
+            "names= that it was loaded with, or leave like= out"
+        )
+    entries = {
+        name: arrays[name].astype(entry.dtype) if name in arrays else entry
+        for name, entry in content.entries.items()
+    }
+    files.write_content(path, content._replace(entries=entries))
+
+
+def _naming_of(path: str | os.PathLike[str]) -> Naming:
+    return torch() if files.kind_of(path) == ".safetensors" else flax()
+
+
+def _leaves(variables: Variables) -> dict[str, tuple[Leaf, Any]]:
+    """Leaves of all collections by path, with their values."""
+    leaves: dict[str, tuple[Leaf, Any]] = {}
+    collections = {"params": variables.params, **variables.model_state}
+    for collection, part in collections.items():
+        for path, value in tree.flatten(part).items():
+            if path in leaves:
+                raise ValueError(
+                    f"{path!r} is a leaf of {leaves[path][0].collection!r} and of "
+                    f"{collection!r}; rename one of the two"
+                )
+            leaves[path] = Leaf(collection, path, tuple(np.shape(value))), value
+    return leaves
+
+
+def _adapters(
+    adapt: Mapping[str, Adapter], leaves: Mapping[str, Any]
+) -> dict[str, Adapter]:
+    adapters: dict[str, Adapter] = {}
+    for rule, function in adapt.items():
+        for path in tree.match(rule, leaves):
+            if path in adapters:
+                raise ValueError(f"adapt: {path!r} is matched by two rules; keep one")
+            adapters[path] = function
+    return adapters
+
+
+def _initial(
+    model: Model, inputs: Inputs, key: jax.Array | None, paths: set[str]
+) -> dict[str, Any]:
+    """Initial values of some leaves; the others are not computed."""
+    if not paths:
+        return {}
+    if key is None:
+        raise ValueError("key: fresh leaves need one for their initial values")
+
+    @jax.jit
+    def chosen(key: jax.Array) -> dict[str, Any]:
+        example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+        leaves = _leaves(model.init(key, example))
+        return {path: leaves[path][1] for path in paths}
+
+    return chosen(key)
+
+
+def _variables(leaves: Mapping[str, Leaf], values: Mapping[str, Any]) -> Variables:
+    collections: dict[str, dict[str, Any]] = {"params": {}}
+    for place, leaf in leaves.items():
+        collections.setdefault(leaf.collection, {})[leaf.path] = values[place]
+    nested = {name: tree.unflatten(part) for name, part in collections.items()}
+    return Variables(nested.pop("params"), nested)
+
+
+__all__ = ["load", "save"]

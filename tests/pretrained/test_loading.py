@@ -1,0 +1,317 @@
+"""Loading is strict, rules say what may differ, and saving undoes it bit by bit."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, serialization
+from safetensors.numpy import save_file
+
+from jaxtransfer import nets, pretrained, tree
+from jaxtransfer.model import from_linen, from_nnx
+from jaxtransfer.typing import Variables
+from tests.pretrained.golden import NETWORKS, Golden
+
+KEY = jax.random.key(0)
+IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+
+def resnet(outputs=5, **options):
+    options = {"filters": 3, "stages": (2, 1, 2, 1)} | options
+    return from_linen(nets.ImageNetResNet(outputs, **options))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return Golden("resnet18")
+
+
+@pytest.fixture(scope="module")
+def file(golden, tmp_path_factory):
+    return golden.write(tmp_path_factory.mktemp("weights"))
+
+
+def rewritten(golden, folder, change):
+    weights = dict(golden.weights)
+    change(weights)
+    file = folder / "changed.safetensors"
+    save_file(weights, file)
+    return file
+
+
+# --- strictness ----------------------------------------------------------------------
+
+
+def test_every_value_is_where_it_belongs(golden, file):
+    variables, report = pretrained.load(file, resnet(), IMAGE)
+    weights, params = golden.weights, variables.params
+    stats = variables.model_state["batch_stats"]
+    kernel = weights["layer2.0.downsample.0.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(params["layer2_0"]["downsample_0"]["kernel"], kernel)
+    np.testing.assert_array_equal(params["fc"]["kernel"], weights["fc.weight"].T)
+    for there, here in {
+        "weight": params["layer1_0"]["bn2"]["scale"],
+        "bias": params["layer1_0"]["bn2"]["bias"],
+        "running_mean": stats["layer1_0"]["bn2"]["mean"],
+        "running_var": stats["layer1_0"]["bn2"]["var"],
+    }.items():
+        np.testing.assert_array_equal(here, weights[f"layer1.0.bn2.{there}"])
+    counters = sum("num_batches_tracked" in name for name in weights)
+    assert len(report.matched) == len(weights) - counters
+    assert report.matched["layer1_0/bn2/var"] == ("layer1.0.bn2.running_var",)
+    expected = jax.eval_shape(resnet().init, KEY, IMAGE)
+    assert jax.tree.structure(variables) == jax.tree.structure(expected)
+
+
+def test_missing_unexpected_and_wrong_shapes_are_all_named(golden, tmp_path):
+    def change(weights):
+        weights["linear.weight"] = weights.pop("fc.weight")
+        weights["conv1.weight"] = weights["conv1.weight"][:, :1]
+
+    file = rewritten(golden, tmp_path, change)
+    with pytest.raises(ValueError) as caught:
+        pretrained.load(file, resnet(), IMAGE)
+    message = str(caught.value)
+    assert "missing 1, unexpected 1, wrong shape 1" in message
+    assert "'fc/kernel': looked for 'fc.weight' (nearest: 'linear.weight')" in message
+    assert "'conv1/kernel': (7, 7, 1, 3) in the file, (7, 7, 3, 3) in the" in message
+    assert all(remedy in message for remedy in ("fresh=", "unused=", "adapt="))
+
+
+def test_missing_statistics_are_an_error(golden, tmp_path):
+    file = rewritten(golden, tmp_path, lambda w: w.pop("bn1.running_var"))
+    with pytest.raises(ValueError, match="'bn1/var': looked for 'bn1.running_var'"):
+        pretrained.load(file, resnet(), IMAGE)
+
+
+def test_arrays_of_other_ranks_are_wrong_shapes(golden, tmp_path):
+    def change(weights):
+        weights["fc.weight"] = weights["fc.weight"][..., None, None]
+
+    file = rewritten(golden, tmp_path, change)
+    with pytest.raises(ValueError, match=r"'fc/kernel': \(1, 1, 24, 5\) in the file"):
+        pretrained.load(file, resnet(), IMAGE)
+
+
+def test_names_that_fit_nothing_are_explained(file):
+    with pytest.raises(ValueError, match="nothing matches: names= says how"):
+        pretrained.load(file, resnet(), IMAGE, names=pretrained.flax())
+
+
+def test_a_long_list_is_cut(file):
+    with pytest.raises(ValueError, match=r"… and \d+ more"):
+        pretrained.load(file, resnet(), IMAGE, names=pretrained.flax())
+
+
+# --- rules ---------------------------------------------------------------------------
+
+
+def test_a_fresh_head_of_other_classes(golden, file):
+    model = resnet(7)
+    variables, report = pretrained.load(file, model, IMAGE, fresh="fc", key=KEY)
+    initial = model.init(KEY, jnp.zeros(IMAGE.shape))
+    head = variables.params["fc"]
+    np.testing.assert_allclose(head["kernel"], initial.params["fc"]["kernel"], 1e-6)
+    assert head["kernel"].shape == (24, 7)
+    assert report.fresh == ("fc/bias", "fc/kernel")
+    assert report.unused == ("fc.bias", "fc.weight")
+    stem = golden.weights["conv1.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(variables.params["conv1"]["kernel"], stem)
+
+
+def test_fresh_covers_parameters_and_statistics(file):
+    variables, report = pretrained.load(file, resnet(), IMAGE, fresh="bn1", key=KEY)
+    assert len(report.fresh) == 4
+    assert jnp.all(variables.model_state["batch_stats"]["bn1"]["var"] == 1)
+    assert jnp.all(variables.params["bn1"]["scale"] == 1)
+
+
+def test_entries_are_passed_over_by_a_rule_on_their_names(golden, tmp_path):
+    def change(weights):
+        weights["aux.conv.weight"] = weights["aux.fc.bias"] = np.ones(3, np.float32)
+
+    file = rewritten(golden, tmp_path, change)
+    with pytest.raises(ValueError, match="unexpected 2"):
+        pretrained.load(file, resnet(), IMAGE)
+    _, report = pretrained.load(file, resnet(), IMAGE, unused="aux")
+    assert report.unused == ("aux.conv.weight", "aux.fc.bias")
+    with pytest.raises(ValueError, match="unexpected 1"):
+        pretrained.load(file, resnet(), IMAGE, unused="aux/conv")
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"fresh": "hed", "key": KEY},
+        {"unused": "aux"},
+        {"adapt": {"convv1": pretrained.input_channels}},
+    ],
+)
+def test_a_rule_that_matches_nothing_is_an_error(file, rules):
+    with pytest.raises(ValueError, match="matches no parameter"):
+        pretrained.load(file, resnet(), IMAGE, **rules)
+
+
+def test_fresh_needs_a_key(file):
+    with pytest.raises(ValueError, match="key: fresh leaves need one"):
+        pretrained.load(file, resnet(), IMAGE, fresh="fc")
+
+
+def test_two_adapters_of_one_leaf_are_an_error(file):
+    adapt = {"conv1": pretrained.input_channels}
+    adapt |= {".*/kernel": pretrained.input_channels}
+    with pytest.raises(ValueError, match="'conv1/kernel' is matched by two rules"):
+        pretrained.load(file, resnet(), IMAGE, adapt=adapt)
+
+
+def test_names_are_changed_by_rules(golden, tmp_path):
+    file = tmp_path / "parallel.safetensors"
+    parallel = {f"module.{name}": value for name, value in golden.weights.items()}
+    parallel["module.linear.weight"] = parallel.pop("module.fc.weight")
+    parallel["module.linear.bias"] = parallel.pop("module.fc.bias")
+    save_file(parallel, file)
+    names = pretrained.torch(rename=[("^fc", "linear"), ("^", "module.")])
+    variables, _ = pretrained.load(file, resnet(), IMAGE, names=names)
+    fc = variables.params["fc"]["kernel"]
+    np.testing.assert_array_equal(fc, golden.weights["fc.weight"].T)
+
+
+def test_a_model_of_nnx_is_loaded_alike(golden, file, tmp_path):
+    class Stem(nnx.Module):
+        def __init__(self, rngs):
+            options = {"strides": 2, "padding": ((3, 3), (3, 3)), "use_bias": False}
+            self.conv1 = nnx.Conv(3, 3, (7, 7), rngs=rngs, **options)
+            self.bn1 = nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, inputs):
+            return self.bn1(self.conv1(inputs))
+
+    model = from_nnx(lambda rngs: Stem(rngs))
+    variables, _ = pretrained.load(file, model, IMAGE, unused=("layer.*", "fc"))
+    output, _, _ = model.apply(variables, golden.inputs)
+    np.testing.assert_allclose(output, golden.stages["bn1"], atol=1e-5)
+
+
+# --- saving --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_file_comes_back_byte_by_byte(name, dtype, tmp_path):
+    golden, (net, names) = Golden(name), NETWORKS[name]
+    kind = jnp.bfloat16 if dtype == "bfloat16" else dtype
+    file, again = golden.write(tmp_path, dtype=kind), tmp_path / "again.safetensors"
+    model = from_linen(net)
+    variables, _ = pretrained.load(file, model, golden.inputs, names=names)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    pretrained.save(again, variables, names=names, like=file)
+    assert file.read_bytes() == again.read_bytes()
+
+
+def test_what_was_trained_is_in_the_new_file_and_nothing_else_changed(file, tmp_path):
+    variables, _ = pretrained.load(file, resnet(), IMAGE)
+    params = tree.map_with_path(
+        lambda path, leaf: leaf + 1 if path == "fc/kernel" else leaf, variables.params
+    )
+    again = tmp_path / "again.safetensors"
+    pretrained.save(again, variables._replace(params=params), like=file)
+    before, after = pretrained.read(file), pretrained.read(again)
+    assert list(before) == list(after)
+    changed = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert changed == ["fc.weight"]
+    np.testing.assert_array_equal(after["fc.weight"], before["fc.weight"] + 1)
+    assert after["layer1.0.bn1.num_batches_tracked"] == 7
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz", "msgpack"])
+def test_every_format_gives_back_what_it_was_given(file, ending, tmp_path):
+    variables, _ = pretrained.load(file, resnet(), IMAGE)
+    other = tmp_path / f"other.{ending}"
+    pretrained.save(other, variables)
+    back, report = pretrained.load(other, resnet(), IMAGE)
+    assert tree.fingerprint(back) == tree.fingerprint(variables)
+    again = tmp_path / f"again.{ending}"
+    pretrained.save(again, back, like=other)
+    assert again.read_bytes() == other.read_bytes()
+
+
+def test_a_file_may_be_replaced_by_its_like(golden, tmp_path):
+    file = golden.write(tmp_path)
+    before = file.read_bytes()
+    variables, _ = pretrained.load(file, resnet(), IMAGE)
+    pretrained.save(file, variables, like=file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_leaves_that_the_file_lacks_are_not_saved_like_it(file, tmp_path):
+    variables = Variables({"fc": {"kernel": jnp.ones((24, 5))}, "new": jnp.ones(2)})
+    with pytest.raises(ValueError, match="has no 'new'"):
+        pretrained.save(tmp_path / "x.safetensors", variables, like=file)
+
+
+def test_two_leaves_of_one_name_are_an_error(tmp_path):
+    variables = Variables({"fc": {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}})
+    with pytest.raises(ValueError, match="'fc.weight' is the name of 'fc/scale' and"):
+        pretrained.save(tmp_path / "x.safetensors", variables)
+
+
+# --- formats -------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_flax_with_and_without_collections(tmp_path):
+    net, example = nn.Dense(2), jnp.ones((1, 3))
+    variables = net.init(KEY, example)
+    kernel = variables["params"]["kernel"]
+    whole, bare = tmp_path / "whole.msgpack", tmp_path / "bare.msgpack"
+    whole.write_bytes(serialization.to_bytes(variables))
+    bare.write_bytes(serialization.to_bytes(variables["params"]))
+    for file, collections in ((whole, True), (bare, False)):
+        names = pretrained.flax(collections=collections)
+        loaded, _ = pretrained.load(file, from_linen(net), example, names=names)
+        np.testing.assert_array_equal(loaded.params["kernel"], kernel)
+        again = tmp_path / "again.msgpack"
+        pretrained.save(again, loaded, names=names, like=file)
+        assert serialization.msgpack_restore(again.read_bytes()).keys() == (
+            serialization.msgpack_restore(file.read_bytes()).keys()
+        )
+        before, after = pretrained.read(file), pretrained.read(again)
+        assert tree.fingerprint(before) == tree.fingerprint(after)
+
+
+def test_what_is_no_number_is_read_kept_and_not_missed(tmp_path):
+    file, again = tmp_path / "labelled.npz", tmp_path / "again.npz"
+    arrays = {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    np.savez(file, labels=np.array(["cat", "dog"]), **arrays)
+    names, model = pretrained.flax(collections=False), from_linen(nn.Dense(2))
+    variables, report = pretrained.load(file, model, jnp.ones((1, 3)), names=names)
+    assert report.unused == ()
+    pretrained.save(again, variables, names=names, like=file)
+    assert pretrained.read(again)["labels"].tolist() == ["cat", "dog"]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, types_unchecked):
+    with pytest.raises(FileNotFoundError, match="no file '.*nothing.npz'"):
+        pretrained.read(tmp_path / "nothing.npz")
+    with pytest.raises(ValueError, match=r"ends in '.pth'.*\.safetensors, \.npz"):
+        pretrained.read(tmp_path / "torch.pth")
+    for ending in ("safetensors", "npz", "msgpack"):
+        damaged = tmp_path / f"damaged.{ending}"
+        damaged.write_bytes(b"\xc1 no weights")
+        with pytest.raises(ValueError, match=f"can't be read as .{ending}"):
+            pretrained.read(damaged)
+
+
+def test_a_pickle_inside_an_npz_is_not_opened(tmp_path):
+    file = tmp_path / "pickled.npz"
+    np.savez(file, weights=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="can't be read"):
+        pretrained.read(file)
+
+
+def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.numpy", None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        pretrained.read(file)
