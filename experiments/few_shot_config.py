@@ -23,6 +23,7 @@ Method = Literal[
     "iMAML",
     "ProtoMAML",
     "ProtoNet",
+    "ProtoNet in turns",
     "Matching",
     "Relation",
     "R2D2",

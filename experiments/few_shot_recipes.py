@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtransfer import nets
+from jaxtransfer import losses, nets
 from jaxtransfer.methods import meta
 from jaxtransfer.model import from_linen
+from jaxtransfer.train import metrics
 from jaxtransfer.typing import Model, Objective, Variables
 
 
@@ -47,22 +48,24 @@ class Recipe:
         build: the learner in training; None for a baseline, whose network is
             pretrained to tell all training classes apart.
         tests: learners at test by name; one of them is chosen on validation tasks.
-        objective: what is minimised in training, of the learner, its steps and the
+        objective: what is minimised in training, of the learner, its setting and the
             updates of the run.
         outer: optimizer of the meta-parameters, of a schedule.
         context: numbers of a context in the network.
         query: whether the learner is shown the query's inputs.
+        outputs: of the network, if not one for each class.
         steps: inner steps in training, if not the study's.
     """
 
     build: Build | None
     tests: dict[str, Build]
-    objective: Callable[[meta.Learner, int, int], Objective] = (
-        lambda learner, steps, updates: meta.objective(learner)
+    objective: Callable[[meta.Learner, Setting, int], Objective] = (
+        lambda learner, setting, updates: meta.objective(learner)
     )
     outer: Callable[[optax.Schedule], optax.GradientTransformation] = optax.adam
     context: int = 0
     query: bool = False
+    outputs: int | None = None
     steps: int | None = None
 
 
@@ -155,9 +158,75 @@ def _tuned(
     return {f"rate {rate:g}": of_rate(rate) for rate in rates}
 
 
-def _multi_step(learner: meta.Learner, steps: int, updates: int) -> Objective:
+def in_turns(model: Model) -> Objective:
+    """ProtoNet's loss by cosine, averaged over which image is the example of its class.
+
+    Over images ``[tasks, ways, images, ...]``, which go through the network together.
+    Parameters are those of ``meta.prototypical(distance="cosine", learn_scale=True)``.
+    """
+
+    def value(params, frozen, model_state, images, key):
+        del frozen
+        tasks, ways, count = images.shape[:3]
+        vectors, _, model_state = model.apply(
+            Variables(params["network"], model_state),
+            images.reshape(-1, *images.shape[3:]),
+            train=True,
+            key=key,
+        )
+        vectors = vectors.reshape(tasks, ways * count, -1)
+        vectors /= optax.safe_norm(vectors, 1e-6, axis=-1, keepdims=True)
+        cosines = jnp.einsum("tid,tjd->tij", vectors, vectors)
+        # [tasks, row, example's number, its class]
+        shape = (tasks, ways * count, ways, count)
+        logits = params["metric"]["scale"] * jnp.swapaxes(cosines.reshape(shape), 2, 3)
+        labels = jnp.repeat(jnp.arange(ways), count)[:, None]
+        labels = jnp.broadcast_to(labels, (tasks, ways * count, count))
+        number = jnp.tile(jnp.arange(count), ways)
+        other = jnp.broadcast_to(number[:, None] != jnp.arange(count), labels.shape)
+        loss = metrics.mean(losses.cross_entropy(logits, labels), where=other)
+        accuracy = metrics.mean(losses.accuracy(logits, labels), where=other)
+        return metrics.value(loss), (model_state, {"accuracy": accuracy})
+
+    return value
+
+
+def _in_turns(learner: meta.Learner, setting: Setting, updates: int) -> Objective:
+    """Of tasks whose support and query are one."""
+    del learner, updates
+    objective = in_turns(setting.model)
+
+    def value(params, frozen, model_state, batch, key):
+        images = [
+            part["inputs"].reshape(
+                len(part["inputs"]), setting.ways, -1, *part["inputs"].shape[2:]
+            )
+            for part in (batch["support"], batch["query"])
+        ]
+        counted = "updates" in model_state
+        state = {k: v for k, v in model_state.items() if k != "updates"}
+        images = jnp.concatenate(images, axis=2)
+        loss, (state, measured) = objective(params, frozen, state, images, key)
+        if counted:
+            state = {**state, "updates": model_state["updates"] + 1}
+        return loss, (state, measured)
+
+    return value
+
+
+def _cosine(s: Setting) -> meta.Learner:
+    return meta.prototypical(
+        s.model,
+        ways=s.ways,
+        distance="cosine",
+        learn_scale=True,
+        statistics=s.statistics,
+    )
+
+
+def _multi_step(learner: meta.Learner, setting: Setting, updates: int) -> Objective:
     """Losses after every step in the first tenth of the run, as in MAML++."""
-    weights = meta.multi_step_weights(steps, max(updates // 10, 1))
+    weights = meta.multi_step_weights(setting.steps, max(updates // 10, 1))
     return meta.objective(learner, step_weights=weights)
 
 
@@ -172,7 +241,7 @@ RECIPES = {
     "FOMAML": _meta_learned(_descend(first_order=True)),
     "Reptile": _meta_learned(
         _reptile,
-        objective=lambda learner, steps, updates: meta.reptile(learner),
+        objective=lambda learner, setting, updates: meta.reptile(learner),
         outer=_reptile_sgd,
     ),
     "ANIL": _meta_learned(_descend(rules="head")),
@@ -188,6 +257,7 @@ RECIPES = {
     "iMAML": _meta_learned(_implicit),
     "ProtoMAML": _meta_learned(_proto_maml),
     "ProtoNet": _meta_learned(_compare(meta.prototypical)),
+    "ProtoNet in turns": _meta_learned(_cosine, objective=_in_turns, outputs=256),
     "Matching": _meta_learned(_compare(meta.matching, scale=10.0)),
     "Relation": _meta_learned(_relation),
     "R2D2": _meta_learned(_compare(meta.ridge)),
@@ -221,6 +291,27 @@ def network(outputs: int, filters: int, *, context: int = 0) -> Model:
     return from_linen(
         nets.Conv4(outputs, filters=filters, pooled=False, context=context)
     )
+
+
+def make_setting(
+    recipe: Recipe,
+    *,
+    ways: int,
+    filters: int,
+    image_size: int,
+    steps: int,
+    rate: float,
+    statistics: meta.Statistics,
+) -> Setting:
+    """The network of a recipe, with what else it needs to know."""
+    model = network(recipe.outputs or ways, filters, context=recipe.context)
+    image = jnp.zeros((1, image_size, image_size, 1))
+    _, features, _ = jax.eval_shape(
+        lambda key: model.apply(model.init(key, image), image, taps=("features",)),
+        jax.random.key(0),
+    )
+    width = features["features"].shape[-1]
+    return Setting(model, ways, steps, rate, statistics, width)
 
 
 def with_head(whole: Variables, fresh: Variables) -> Variables:

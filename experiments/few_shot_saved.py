@@ -14,14 +14,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.few_shot_recipes import RECIPES, Build, Setting, network
+from experiments.few_shot_recipes import (
+    RECIPES,
+    Build,
+    Setting,
+    make_setting,
+    network,
+)
 from jaxtransfer.methods import meta
 from jaxtransfer.train import Checkpointer, DamagedCheckpointError, init_state
 from jaxtransfer.typing import Params, Variables
 
 ABOUT = "network.json"
 WEIGHTS = "weights"
-ANY_WAYS = ("ProtoMAML", "ProtoNet", "Matching", "Relation", "R2D2")
+ANY_WAYS = (
+    "ProtoMAML",
+    "ProtoNet",
+    "ProtoNet in turns",
+    "Matching",
+    "Relation",
+    "R2D2",
+)
 """Methods whose classifier is made of the support, so that a task may have any number
 of classes; the others have a head of as many outputs as in training."""
 
@@ -113,19 +126,14 @@ def _setting(about: dict[str, Any]) -> tuple[Build, Setting]:
     """Recipe and setting of the training."""
     recipe = RECIPES[about["method"]]
     assert recipe.build is not None
-    model = network(about["ways"], about["filters"], context=recipe.context)
-    image = _image(about)
-    _, features, _ = jax.eval_shape(
-        lambda key: model.apply(model.init(key, image), image, taps=("features",)),
-        jax.random.key(0),
-    )
-    return recipe.build, Setting(
-        model,
-        about["ways"],
-        about["steps"],
-        about["rate"],
-        about["statistics"],
-        features["features"].shape[-1],
+    return recipe.build, make_setting(
+        recipe,
+        ways=about["ways"],
+        filters=about["filters"],
+        image_size=about["image_size"],
+        steps=about["steps"],
+        rate=about["rate"],
+        statistics=about["statistics"],
     )
 
 

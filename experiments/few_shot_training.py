@@ -12,7 +12,13 @@ import optax
 from rich.progress import Progress
 
 from experiments.few_shot_config import Config, Method
-from experiments.few_shot_recipes import RECIPES, Recipe, Setting, network
+from experiments.few_shot_recipes import (
+    RECIPES,
+    Recipe,
+    Setting,
+    make_setting,
+    network,
+)
 from jaxtransfer import data, prng
 from jaxtransfer.data import episodes
 from jaxtransfer.methods import finetune, meta
@@ -133,16 +139,15 @@ def setting(
     config: Config, recipe: Recipe, steps: int, statistics: meta.Statistics
 ) -> Setting:
     """What a recipe needs to know."""
-    model = network(config.ways, config.filters, context=recipe.context)
-    _, features, _ = jax.eval_shape(
-        lambda key: model.apply(
-            model.init(key, image(config)), image(config), taps=("features",)
-        ),
-        jax.random.key(0),
+    return make_setting(
+        recipe,
+        ways=config.ways,
+        filters=config.filters,
+        image_size=config.image_size,
+        steps=steps,
+        rate=config.inner_learning_rate,
+        statistics=statistics,
     )
-    width = features["features"].shape[-1]
-    rate = config.inner_learning_rate
-    return Setting(model, config.ways, steps, rate, statistics, width)
 
 
 def meta_trainer(config: Config, pool: Pool, method: Method) -> Trainer:
@@ -182,7 +187,7 @@ def meta_trainer(config: Config, pool: Pool, method: Method) -> Trainer:
     return trainer(
         config,
         init,
-        recipe.objective(learner, steps, config.meta_steps),
+        recipe.objective(learner, chosen, config.meta_steps),
         recipe.outer(schedule),
         config.meta_steps,
         make_sample,

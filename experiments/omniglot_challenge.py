@@ -36,14 +36,15 @@ from experiments.common import (
     show,
     start_run,
 )
+from experiments.few_shot_recipes import in_turns
 from experiments.omniglot_characters import WAYS, Characters, Pool, Set, pool_of
-from jaxtransfer import data, losses, nets, prng
+from jaxtransfer import data, nets, prng
 from jaxtransfer.data.episodes import Rotations
 from jaxtransfer.methods import meta
 from jaxtransfer.methods.meta.learner import Learner
 from jaxtransfer.model import from_linen
-from jaxtransfer.train import init_state, metrics, train_step
-from jaxtransfer.typing import Model, Objective, Variables
+from jaxtransfer.train import init_state, train_step
+from jaxtransfer.typing import Model, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,46 +182,11 @@ def learner(model: Model) -> Learner:
     )
 
 
-def objective(model: Model) -> Objective:
-    """ProtoNet's loss, averaged over which drawing is the example of its class.
-
-    Over images ``[tasks, ways, drawings, ...]``, which go through the network together.
-    Parameters are those of :func:`learner`.
-    """
-
-    def value(params, frozen, model_state, images, key):
-        del frozen
-        tasks, ways, drawings = images.shape[:3]
-        vectors, _, model_state = model.apply(
-            Variables(params["network"], model_state),
-            images.reshape(-1, *images.shape[3:]),
-            train=True,
-            key=key,
-        )
-        vectors = vectors.reshape(tasks, ways * drawings, -1)
-        length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-        vectors = vectors / jnp.maximum(length, 1e-6)
-        cosines = jnp.einsum("tid,tjd->tij", vectors, vectors)
-        # [tasks, row, example's number, its class]
-        shape = (tasks, ways * drawings, ways, drawings)
-        logits = params["metric"]["scale"] * jnp.swapaxes(cosines.reshape(shape), 2, 3)
-        labels = jnp.repeat(jnp.arange(ways), drawings)[:, None]
-        labels = jnp.broadcast_to(labels, (tasks, ways * drawings, drawings))
-        number = jnp.tile(jnp.arange(drawings), ways)
-        other = jnp.broadcast_to(number[:, None] != jnp.arange(drawings), labels.shape)
-        loss = metrics.mean(losses.cross_entropy(logits, labels), where=other)
-        accuracy = metrics.mean(losses.accuracy(logits, labels), where=other)
-        measured = {"accuracy": accuracy}
-        return loss.total / loss.count, (model_state, measured)
-
-    return value
-
-
 def trainer(config: Config, pool: Pool, steps: int) -> Callable[..., Variables]:
     """``(key, name, display) -> variables`` after all updates."""
     model = network(config)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
-    step, sample = train_step(objective(model), optimizer), sampler(config, pool)
+    step, sample = train_step(in_turns(model), optimizer), sampler(config, pool)
 
     @jax.jit
     def start(key: jax.Array) -> Any:
