@@ -19,6 +19,6 @@ def scaled(values, axis: Axes = -1):
     The largest is no part of the gradient, for what does not depend on it in the end.
     """
     largest = jnp.max(jnp.abs(values), axis=axis, keepdims=True, initial=0.0)
-    some = largest >= jnp.finfo(values.dtype).tiny
+    some = ~(largest < jnp.finfo(values.dtype).tiny)  # not-a-number is kept
     scale = jax.lax.stop_gradient(jnp.where(some, largest, 1.0))
     return jnp.where(some, values / scale, 0.0)
