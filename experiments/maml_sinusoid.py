@@ -101,8 +101,35 @@ def points(batch: episodes.Episodes) -> dict[str, jax.Array]:
     }
 
 
+def outer_optimizer(rate: Any) -> optax.GradientTransformation:
+    """Adam without the spikes of long inner loops; learned rates move slowly.
+
+    An update of Adam's is as large as its rate: that of the weights would change inner
+    rates of 0.01 by a third at once.
+    """
+
+    def adam(scale: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(10.0), optax.adam(rate), optax.scale(scale)
+        )
+
+    def kinds(params: Any) -> Any:
+        return {
+            part: jax.tree.map(
+                lambda _, part=part: "rates" if part == "optimizer" else "weights", leaf
+            )
+            for part, leaf in params.items()
+        }
+
+    return optax.multi_transform({"weights": adam(1.0), "rates": adam(0.03)}, kinds)
+
+
 def train(config: Config, name: str, keys: jax.Array, display: Progress) -> Any:
-    """All seeds side by side: meta-parameters with a leading axis of seeds."""
+    """All seeds side by side: meta-parameters with a leading axis of seeds.
+
+    Raises:
+        FloatingPointError: the loss of a seed is not finite any more.
+    """
     model = from_linen(nets.MLP(1, widths=config.widths))
     own = learner(config, name, config.inner_learning_rate, config.inner_steps)
     if name == "MAML++":
@@ -116,6 +143,8 @@ def train(config: Config, name: str, keys: jax.Array, display: Progress) -> Any:
     if config.cosine:
         rate = optax.cosine_decay_schedule(rate, config.meta_steps)
     optimizer = optax.adam(rate)
+    if name in META:
+        optimizer = outer_optimizer(rate)
     step = train_step(objective, optimizer)
 
     def sample(key: jax.Array, number: jax.Array) -> Any:
@@ -145,8 +174,15 @@ def train(config: Config, name: str, keys: jax.Array, display: Progress) -> Any:
         return state.params
     blocks = config.meta_steps // config.block
     line = display.add_task(name, total=blocks)
-    for _ in range(blocks):
+    for number in range(blocks):
         state, loss = block(state)
+        if not np.isfinite(loss).all():
+            raise FloatingPointError(
+                f"{name}: the loss of a seed is not finite within updates "
+                f"{number * config.block} to {(number + 1) * config.block} "
+                f"({np.round(loss, 3).tolist()}); take a smaller --learning-rate or "
+                "--inner-learning-rate"
+            )
         text = f"{name}: loss {float(loss.mean()):.3f}"
         display.update(line, advance=1, description=text)
     return state.params

@@ -1,0 +1,393 @@
+"""Distilling a real ResNet-56 into small students, on few images of CIFAR-10.
+
+Every family of distillation has a row: the same student, images, updates and seeds,
+with the weights of the papers. The teacher's outputs and features are computed once,
+for each image and its mirror image, and looked up in training. Last epoch; the complete
+test set.
+
+Deviation from the usual recipe: images are mirrored, not shifted (a teacher that is
+looked up has seen no shifted ones).
+"""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
+from experiments.distill_cifar_rows import (
+    CE,
+    KD,
+    MUTUAL,
+    SIMKD,
+    TASK_WEIGHT,
+    last_blocks,
+    make_rows,
+    projector,
+)
+from jaxtransfer import data, nets, parallel, pretrained, prng
+from jaxtransfer.methods import distill
+from jaxtransfer.model import from_linen
+from jaxtransfer.train import init_state, train_step
+from jaxtransfer.typing import Model, Variables
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the inputs that the teacher was trained with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(StudyConfig):
+    """Options of the study."""
+
+    weights: str = "cifar10_resnet56.safetensors"
+    """The teacher's file, under weights/ of a folder of --data-dir, or a path; "random"
+    (an untrained one) is for trying out."""
+    teacher_depth: int = 56
+    """Depth of the teacher, 6n + 2."""
+    student_depth: int = 8
+    """Depth of the student, 6n + 2."""
+    filters: int = 16
+    """Filters of the first stage of both."""
+    per_class: tuple[int, ...] = (15,)
+    """Training images of a class, a block of rows each."""
+    rows: tuple[str, ...] = ()
+    """Rows of the table; all if there are none."""
+    updates: int = 300
+    """Updates of a student."""
+    batch_size: int = 64
+    """Images of an update."""
+    learning_rate: float = 0.05
+    """Of SGD with momentum 0.9; falls to 0 along a cosine."""
+    weight_decay: float = 5e-4
+    """Of all the student's weights."""
+    cohort: int = 2
+    """Students that learn from each other in the row of mutual learning."""
+    test_images: int = 10_000
+    """Test images, the first ones."""
+
+
+PRESETS = {
+    "smoke": Config(
+        weights="random",
+        teacher_depth=8,
+        filters=4,
+        per_class=(2,),
+        updates=2,
+        batch_size=8,
+        test_images=20,
+        seeds=2,
+    ),
+    "cpu": Config(),
+    "paper": Config(
+        student_depth=20,
+        per_class=(15, 150, 1500),
+        updates=56_000,
+        seeds=5,
+    ),
+}
+
+
+class Images(NamedTuple):
+    """Normalised images on the device."""
+
+    inputs: jax.Array
+    labels: jax.Array
+
+
+def read(config: Config, split: str) -> Images:
+    """A split of CIFAR-10, or noise for a random teacher."""
+    if config.weights == "random":
+        random = np.random.default_rng(0)
+        labels = np.arange(10 * max(config.per_class), dtype=np.int32) % 10
+        shape = (len(labels), 32, 32, 3)
+        return Images(
+            jnp.asarray(random.normal(size=shape), jnp.float32), jnp.asarray(labels)
+        )
+    arrays = data.as_arrays(data.load("cifar10", split, data_dir=config.data_dir))
+    inputs = (arrays["inputs"] - np.asarray(MEAN, np.float32)) / np.asarray(
+        STD, np.float32
+    )
+    return Images(jnp.asarray(inputs), jnp.asarray(arrays["labels"]))
+
+
+def weights_file(config: Config) -> Path:
+    """The teacher's file.
+
+    Raises:
+        FileNotFoundError: it is nowhere.
+    """
+    folders = (config.data_dir or os.environ.get("JAXTRANSFER_DATA_DIR", "")).split(
+        os.pathsep
+    )
+    places = [Path(config.weights)]
+    places += [Path(f, "weights", config.weights) for f in folders if f]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(
+        f"weights: no file {config.weights!r}, nor under weights/ of {folders}; give "
+        "its path with --weights, or the folder above with --data-dir"
+    )
+
+
+def read_teacher(config: Config, model: Model) -> Variables:
+    """The trained teacher; every entry of its file is used."""
+    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    if config.weights == "random":
+        return jax.jit(model.init)(jax.random.key(0), jnp.zeros(image.shape))
+    return pretrained.load(weights_file(config), model, image)[0]
+
+
+def resnet(config: Config, depth: int) -> Model:
+    return from_linen(nets.ResNet(10, depth=depth, filters=config.filters))
+
+
+def look(
+    model: Model, variables: Variables, inputs: jax.Array, taps: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """Outputs (under ``""``) and features of images and of their mirror images.
+
+    Returns:
+        ``[2, images, ...]`` by path.
+    """
+
+    @jax.jit
+    def some(variables: Variables, inputs: jax.Array) -> dict[str, jax.Array]:
+        outputs, features, _ = model.apply(variables, inputs, taps=taps)
+        return {**features, "": outputs}
+
+    parts = []
+    for turned in (inputs, inputs[:, :, ::-1]):
+        blocks = [
+            some(variables, turned[n : n + 250]) for n in range(0, len(turned), 250)
+        ]
+        parts.append(jax.tree.map(lambda *x: jnp.concatenate(x), *blocks))
+    return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+
+def subset(labels: jax.Array, count: int, seed: int) -> np.ndarray:
+    """Numbers of as many images of each class, drawn from the seed.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
+    generator = np.random.default_rng((seed, count))
+    classes = [np.flatnonzero(np.asarray(labels) == c) for c in range(10)]
+    fewest = min(map(len, classes))
+    if count > fewest:
+        raise ValueError(f"per_class: got {count}, but a class has {fewest} images")
+    return np.concatenate([generator.choice(c, count, replace=False) for c in classes])
+
+
+def accuracy(logits: Callable[[jax.Array], jax.Array], test: Images) -> float:
+    """In %, a few images at a time."""
+    found = [
+        jnp.argmax(logits(test.inputs[n : n + 500]), axis=-1)
+        for n in range(0, len(test.labels), 500)
+    ]
+    return 100 * float(jnp.mean(jnp.concatenate(found) == test.labels))
+
+
+class Lesson(NamedTuple):
+    """What a row is trained on and with."""
+
+    images: Images
+    taught: Mapping[str, jax.Array]
+    teacher: Variables
+
+
+class Student(NamedTuple):
+    """A row, compiled once for all seeds.
+
+    Attributes:
+        start: ``(key, lesson) -> training state``.
+        update: ``(state, (images, taught)) -> (state, metrics)``.
+        logits: ``(state, lesson, inputs) -> logits`` of the trained student.
+    """
+
+    start: Callable[[jax.Array, Lesson], Any]
+    update: Callable[[Any, Any], Any]
+    logits: Callable[[Any, Lesson, jax.Array], jax.Array]
+
+
+def make_student(config: Config, row: str, teacher: Model) -> Student:
+    """The objective of a row, and what belongs to it."""
+    student = resnet(config, config.student_depth)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.updates)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(schedule, momentum=0.9),
+    )
+    depths = config.student_depth, config.teacher_depth, config.filters
+    init = jax.jit(student.init)
+    if row == MUTUAL:
+        objective = distill.mutual_objective(student)
+        init = jax.jit(
+            lambda key, some: distill.init_cohort(
+                key, student, some, students=config.cohort
+            )
+        )
+    else:
+        any_key, any_labels = jax.random.key(0), jnp.zeros(2, jnp.int32)
+        objective = distill.objective(
+            student,
+            teacher,
+            terms=make_rows(*depths, any_key, any_labels)[row],
+            task_weight=TASK_WEIGHT.get(row, 1.0),
+        )
+
+    def start(key: jax.Array, lesson: Lesson) -> Any:
+        begun = init(prng.stream(key, "init"), lesson.images.inputs[:2])
+        if row != MUTUAL:
+            memory_key, bridge_key = prng.streams(key, "memory", "bridges")
+            begun = distill.start(
+                bridge_key,
+                student,
+                teacher,
+                make_rows(*depths, memory_key, lesson.images.labels)[row],
+                student_variables=begun,
+                teacher_variables=lesson.teacher,
+                inputs=lesson.images.inputs[:2],
+            )
+        return init_state(prng.stream(key, "run"), begun, optimizer)
+
+    step = train_step(objective, optimizer)
+
+    def update(state: Any, given: Any) -> Any:
+        return step(state, sample(config, state, *given))
+
+    bridge_path = last_blocks(config.teacher_depth)[-1]
+    own_path = last_blocks(config.student_depth)[-1]
+
+    @jax.jit
+    def logits(state: Any, lesson: Lesson, inputs: jax.Array) -> jax.Array:
+        if row == MUTUAL:
+            own = distill.of_cohort(state.params, state.model_state, 0)
+            return student.apply(own, inputs)[0]
+        own = distill.of_student(state.params, state.model_state)
+        outputs, features, _ = student.apply(own, inputs, taps=(own_path,))
+        if row != SIMKD:
+            return outputs
+        bridge = projector((), lesson.taught[bridge_path].shape)
+        between = Variables(
+            state.params["bridges"]["maps"], state.model_state["bridges"]["maps"]
+        )
+        pooled = bridge.apply(between, features[own_path])[0].mean(axis=(1, 2))
+        head = lesson.teacher.params["linear"]
+        return pooled @ head["kernel"] + head["bias"]
+
+    return Student(start, parallel.jit_step(update), logits)
+
+
+def sample(
+    config: Config, state: Any, images: Images, taught: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """A batch of an update, some of it mirrored, with what the teacher said of it."""
+    key = prng.step_key(prng.stream(state.key, "data"), state.step)
+    number_key, turn_key = prng.streams(key, "numbers", "turns")
+    shape = (config.batch_size,)
+    numbers = jax.random.randint(number_key, shape, 0, len(images.labels))
+    turned = jax.random.bernoulli(turn_key, 0.5, shape)
+    inputs = images.inputs[numbers]
+    inputs = jnp.where(turned[:, None, None, None], inputs[:, :, ::-1], inputs)
+    which = turned.astype(jnp.int32)
+    return {
+        "inputs": inputs,
+        "labels": images.labels[numbers],
+        "index": numbers,
+        "teacher": {path: values[which, numbers] for path, values in taught.items()},
+    }
+
+
+def train_row(
+    config: Config, row: str, student: Student, key: jax.Array, lesson: Lesson
+) -> Any:
+    """All updates of a student.
+
+    Raises:
+        FloatingPointError: the loss is not finite at the end.
+    """
+    state, measured = student.start(key, lesson), {}
+    for _ in range(config.updates):
+        state, measured = student.update(state, (lesson.images, lesson.taught))
+    if not np.isfinite(float(measured["loss"].total)):
+        raise FloatingPointError(
+            f"{row}: the loss is not finite after {config.updates} updates; take a "
+            "smaller --learning-rate"
+        )
+    return state
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the study.
+
+    Returns:
+        ``{"rows": ..., "teacher": accuracy in %}``.
+
+    Raises:
+        ValueError: an unknown row, or more images of a class than there are.
+        FileNotFoundError: there is no file of the teacher.
+    """
+    known = list(make_rows(8, 8, 1, jax.random.key(0), jnp.zeros(4, int)))
+    if unknown := sorted(set(config.rows) - set(known)):
+        raise ValueError(f"rows: no {unknown[0]!r}; choose among {known}")
+    teacher = resnet(config, config.teacher_depth)
+    teacher_variables = read_teacher(config, teacher)
+    folder = start_run("distill_cifar", config)
+    started = time.perf_counter()
+    train, test = read(config, "train"), read(config, "test")
+    test = Images(*(part[: config.test_images] for part in test))
+    names = [row for row in known if not config.rows or row in config.rows]
+    root = jax.random.key(config.seed)
+    students = {name: make_student(config, name, teacher) for name in names}
+    rows: list[Row] = []
+    with progress() as display:
+        work = len(config.per_class) * config.seeds * len(names)
+        bar = display.add_task("teacher", total=work)
+        run = jax.jit(lambda variables, x: teacher.apply(variables, x)[0])
+        score = accuracy(lambda x: run(teacher_variables, x), test)
+        display.console.print(f"teacher: {score:.2f} %")
+        for count in config.per_class:
+            found: dict[str, list[float]] = {name: [] for name in names}
+            for seed in range(config.seeds):
+                chosen = subset(train.labels, count, seed)
+                images = Images(train.inputs[chosen], train.labels[chosen])
+                taps = last_blocks(config.teacher_depth)
+                taught = look(teacher, teacher_variables, images.inputs, taps)
+                lesson = Lesson(images, taught, teacher_variables)
+                for name in names:
+                    display.update(bar, description=f"{10 * count} images, {name}")
+                    key = prng.stream(root, f"seed {seed}")
+                    student = students[name]
+                    state = train_row(config, name, student, key, lesson)
+                    value = accuracy(
+                        lambda x, own=student, state=state, lesson=lesson: own.logits(
+                            state, lesson, x
+                        ),
+                        test,
+                    )
+                    found[name].append(value)
+                    display.console.print(
+                        f"{10 * count} images, seed {seed}, {name}: {value:.2f} %"
+                    )
+                    display.advance(bar)
+            for name, values in found.items():
+                compared = None if name == CE else CE if name == KD else KD
+                rows.append(Row(f"{10 * count} images", name, values, compared))
+    title = (
+        f"CIFAR-10: ResNet-{config.teacher_depth} ({score:.2f} %) to "
+        f"ResNet-{config.student_depth}"
+    )
+    show(title, rows, folder, started=started)
+    return {"rows": rows, "teacher": score}
+
+
+if __name__ == "__main__":
+    command_line(main, PRESETS)
