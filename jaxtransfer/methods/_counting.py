@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from jaxtransfer.typing import Variables
+from jaxtransfer.typing import ModelState, Variables
 
 
 def counted(variables: Variables) -> Variables:
@@ -20,3 +20,8 @@ def counted(variables: Variables) -> Variables:
     """
     state = {**variables.model_state, "updates": jnp.zeros((), jnp.int32)}
     return Variables(variables.params, state)
+
+
+def without_count(model_state: ModelState) -> ModelState:
+    """The model state of the network alone."""
+    return {name: part for name, part in model_state.items() if name != "updates"}

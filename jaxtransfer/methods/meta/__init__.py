@@ -15,6 +15,8 @@ from jaxtransfer.methods.meta.descent import anil as anil
 from jaxtransfer.methods.meta.descent import boil as boil
 from jaxtransfer.methods.meta.descent import cavia as cavia
 from jaxtransfer.methods.meta.descent import maml as maml
+from jaxtransfer.methods.meta.following import check_finite as check_finite
+from jaxtransfer.methods.meta.following import trajectory as trajectory
 from jaxtransfer.methods.meta.gradients import Backward as Backward
 from jaxtransfer.methods.meta.implicit import implicit_maml as implicit_maml
 from jaxtransfer.methods.meta.implicit import proximal as proximal
@@ -31,11 +33,9 @@ from jaxtransfer.methods.meta.learner import task as task
 from jaxtransfer.methods.meta.metric import matching as matching
 from jaxtransfer.methods.meta.metric import prototypical as prototypical
 from jaxtransfer.methods.meta.metric import ridge as ridge
-from jaxtransfer.methods.meta.outer import check_finite as check_finite
 from jaxtransfer.methods.meta.outer import multi_step_weights as multi_step_weights
 from jaxtransfer.methods.meta.outer import objective as objective
 from jaxtransfer.methods.meta.outer import reptile as reptile
-from jaxtransfer.methods.meta.outer import trajectory as trajectory
 from jaxtransfer.methods.meta.proto_maml import proto_maml as proto_maml
 from jaxtransfer.methods.meta.relation import relation as relation
 from jaxtransfer.methods.meta.transductive import (

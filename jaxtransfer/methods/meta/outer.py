@@ -1,21 +1,18 @@
 """The outer level: losses of many tasks after adaptation, and what is learned of them.
 
 :func:`objective` is the meta-learning objective of any learner; :func:`reptile` is the
-one that needs no query; :func:`trajectory` only looks.
+one that needs no query.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType
 
+from jaxtransfer.methods._counting import without_count
+from jaxtransfer.methods.meta.chunks import Chunk, mean_over_tasks
 from jaxtransfer.methods.meta.learner import Learner
-from jaxtransfer.ops.chunked import chunked_mean
-from jaxtransfer.ops.footprint import traced_bytes
 from jaxtransfer.train import metrics as metrics_lib
 from jaxtransfer.typing import (
     Batch,
@@ -27,14 +24,6 @@ from jaxtransfer.typing import (
     Params,
     Scalar,
 )
-
-Chunk = int | Literal["auto"] | None
-"""Tasks that run side by side. ``"auto"``: on a CPU as many as stay in its caches, on
-an accelerator as many as fit in 4 GB; over a mesh, so many on every device. None:
-all."""
-
-_ROOM = {"cpu": 4e6}
-_ACCELERATOR_ROOM = 4e9
 
 
 def multi_step_weights(steps: int, updates: int) -> Callable[[jax.Array], jax.Array]:
@@ -77,75 +66,6 @@ def multi_step_weights(steps: int, updates: int) -> Callable[[jax.Array], jax.Ar
         return jnp.concatenate([jnp.zeros(1), jnp.full(steps - 1, early), last[None]])
 
     return weights
-
-
-def _number_of_tasks(batch: Batch) -> int:
-    sizes = {len(leaf) for leaf in jax.tree.leaves(dict(batch))}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(
-            "episodes: every array needs the same, non-empty leading axis of tasks; "
-            f"got {sorted(sizes)}"
-        )
-    return sizes.pop()
-
-
-def _chunk(chunk: Chunk, tasks: int, one: Callable[..., Any], *arguments: Any) -> int:
-    """How many tasks run side by side."""
-    if chunk is None:
-        return tasks
-    if isinstance(chunk, int):
-        return min(chunk, tasks)
-    if chunk != "auto":
-        raise ValueError(f'chunk: got {chunk!r}; choose a number, "auto" or None')
-    platform = jax.default_backend()
-    room = _ROOM.get(platform, _ACCELERATOR_ROOM)
-    fit = max(1, int(room // max(traced_bytes(one, *arguments), 1)))
-    devices = _devices(arguments)
-    whole = [size for size in range(devices, tasks + 1, devices) if tasks % size == 0]
-    return max((size for size in whole if size <= fit * devices), default=tasks)
-
-
-def _devices(arguments: Any) -> int:
-    """Devices of the mesh that ``jit`` lays arrays over; 1 within ``shard_map``."""
-
-    def of(leaf: Any) -> int:
-        sharding = getattr(jax.typeof(leaf), "sharding", None)
-        mesh = getattr(sharding, "mesh", None)
-        if mesh is None:
-            return 1
-        axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-        return math.prod(size for size, kind in axes if kind != AxisType.Manual)
-
-    return max(map(of, jax.tree.leaves(arguments)), default=1)
-
-
-def _mean_over_tasks(
-    one: Callable[..., tuple[Scalar, Any]], chunk: Chunk
-) -> Callable[..., tuple[Scalar, Any]]:
-    """``(params, frozen, model_state, keys, tasks) -> (mean, aux of each task)``."""
-
-    def some(params, frozen, model_state, keys_and_tasks):
-        values, aux = jax.vmap(one, in_axes=(None, None, None, 0))(
-            params, frozen, model_state, keys_and_tasks
-        )
-        return jnp.mean(values), aux
-
-    def run(params, frozen, model_state, batch, key):
-        tasks = _number_of_tasks(batch)
-        work = jax.random.split(key, tasks), dict(batch)
-        first = jax.tree.map(lambda leaf: leaf[0], work)
-        size = _chunk(chunk, tasks, one, params, frozen, model_state, first)
-        if size == tasks:
-            return some(params, frozen, model_state, work)
-        value, aux = chunked_mean(some, size, aux="stack")(
-            params, frozen, model_state, work
-        )
-        # Chunk k of n holds the tasks k, k + n, ...
-        return value, jax.tree.map(
-            lambda leaf: leaf.swapaxes(0, 1).reshape(tasks, *leaf.shape[2:]), aux
-        )
-
-    return run
 
 
 def objective(
@@ -232,7 +152,7 @@ def objective(
             )
         return loss, (measured, state)
 
-    mean = _mean_over_tasks(one, chunk)
+    mean = mean_over_tasks(one, chunk)
 
     def value(
         params: Params,
@@ -241,7 +161,7 @@ def objective(
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
-        network_state = _without_count(model_state)
+        network_state = without_count(model_state)
         weights = None
         if step_weights is not None:
             weights = step_weights(_count(model_state))
@@ -265,10 +185,6 @@ def _toward(state: ModelState, states: ModelState, kept: float) -> ModelState:
         return kept * old + (1 - kept) * jnp.mean(new, axis=0)
 
     return jax.tree.map(move, state, states)
-
-
-def _without_count(model_state: ModelState) -> ModelState:
-    return {name: part for name, part in model_state.items() if name != "updates"}
 
 
 def _count(model_state: ModelState) -> jax.Array:
@@ -335,7 +251,7 @@ def reptile(learner: Learner, *, chunk: Chunk = "auto") -> Objective:
         loss = jnp.sum(jnp.stack(jax.tree.leaves(gaps)))
         return loss, metrics_lib.promote(measured)
 
-    mean = _mean_over_tasks(one, chunk)
+    mean = mean_over_tasks(one, chunk)
 
     def value(
         params: Params,
@@ -344,7 +260,7 @@ def reptile(learner: Learner, *, chunk: Chunk = "auto") -> Objective:
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
-        network_state = _without_count(model_state)
+        network_state = without_count(model_state)
         loss, measured = mean(
             params, frozen, network_state, {"support": batch["support"]}, key
         )
@@ -354,84 +270,3 @@ def reptile(learner: Learner, *, chunk: Chunk = "auto") -> Objective:
         )
 
     return value
-
-
-def trajectory(
-    learner: Learner, *, chunk: Chunk = "auto"
-) -> Callable[[Params, Frozen, ModelState, Batch, jax.Array], Metrics]:
-    """Make the function that follows the query metrics over the adaptation of tasks.
-
-    Args:
-        learner: any; those without steps have one column.
-        chunk: as for :func:`objective`.
-
-    Returns:
-        ``(params, frozen, model_state, episodes, key) -> metrics``: the query loss
-        (``loss``), the query objective's metrics, each ``[tasks, steps + 1]``, the
-        first column before adaptation.
-
-    Raises:
-        ValueError: (at the call) as :func:`objective`.
-    """
-
-    def one(params, frozen, model_state, key_and_task):
-        key, episode = key_and_task
-
-        def measure(adapted: Any, state: ModelState) -> dict[str, jax.Array]:
-            loss, (_, measured) = learner.query(
-                adapted, frozen, state, episode["query"], key
-            )
-            pairs = metrics_lib.promote({"loss": loss, **measured})
-            return {
-                name: jnp.asarray(pair.total) / pair.count
-                for name, pair in pairs.items()
-            }
-
-        found = learner.adapt(
-            params, frozen, model_state, episode["support"], key, visit=measure
-        )
-        return jnp.zeros(()), found.visited
-
-    mean = _mean_over_tasks(one, chunk)
-
-    def run(
-        params: Params,
-        frozen: Frozen,
-        model_state: ModelState,
-        batch: Batch,
-        key: jax.Array,
-    ) -> Metrics:
-        _, measured = mean(params, frozen, _without_count(model_state), batch, key)
-        return measured
-
-    return run
-
-
-def check_finite(curves: Mapping[str, Any], *, first_task: int = 0) -> None:
-    """Refuse a trajectory that diverged, and say where.
-
-    Args:
-        curves: from :func:`trajectory`, on the host or the device.
-        first_task: number of the first task, for the message.
-
-    Raises:
-        FloatingPointError: the loss of a task is not finite after some step.
-
-    Example:
-        >>> import numpy as np
-        >>> check_finite({"loss": np.array([[1.0, np.inf]])})
-        Traceback (most recent call last):
-        ...
-        FloatingPointError: task 0: the loss is inf after step 1 (1.0 the step
-        before)...
-    """
-    losses = np.asarray(jax.device_get(curves["loss"]))
-    for number, step in np.argwhere(~np.isfinite(losses)):
-        curve = losses[number]
-        before = f" ({curve[step - 1]} the step before)" if step else ""
-        raise FloatingPointError(
-            f"task {first_task + number}: the loss is {curve[step]} after step {step}"
-            f"{before}; take a smaller inner rate, clip the inner gradient "
-            "(optax.chain(optax.clip_by_global_norm(1.0), ...)), or look at "
-            "this task's data"
-        )

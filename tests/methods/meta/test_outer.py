@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxtransfer.methods import meta
-from jaxtransfer.methods.meta import outer
+from jaxtransfer.methods.meta import chunks
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, metrics, scan_fit, train_step
 from tests.tasks import KEY, close, episodes, first, gradient, made
@@ -59,13 +59,13 @@ def test_the_trajectory_keeps_the_order_of_tasks_in_chunks(curves):
 )
 def test_as_many_tasks_as_fit_and_divide_run_side_by_side(room, chunk, monkeypatch):
     """Of six tasks that write 1000 bytes each."""
-    monkeypatch.setitem(outer._ROOM, "cpu", room)
-    assert outer._chunk("auto", 6, lambda x: x + 1, jnp.zeros(250)) == chunk
+    monkeypatch.setitem(chunks._ROOM, "cpu", room)
+    assert chunks._chunk("auto", 6, lambda x: x + 1, jnp.zeros(250)) == chunk
 
 
 def test_the_room_changes_nothing_but_the_order(monkeypatch):
     whole = gradient(meta.objective(LEARNER), START, BATCH)
-    monkeypatch.setitem(outer._ROOM, "cpu", 1.0)
+    monkeypatch.setitem(chunks._ROOM, "cpu", 1.0)
     close(gradient(meta.objective(LEARNER), START, BATCH), whole)
     program = jax.make_jaxpr(meta.objective(LEARNER))(START.params, {}, {}, BATCH, KEY)
     assert "length=4" in str(program)
