@@ -54,7 +54,7 @@ class Config(StudyConfig):
     inner_learning_rate: float = 0.01
     """Of the inner SGD on the mean squared error, also at test."""
     steps: int = 10
-    """Gradient steps at test."""
+    """Gradient steps at test; of MAML++ no more than it has rates for."""
     baseline_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.02, 0.05)
     """Step sizes of the baselines to choose from on validation tasks."""
     validation_tasks: int = 200
@@ -193,7 +193,10 @@ def follower(config: Config, name: str) -> Follow:
 
     @jax.jit
     def follow(params: Any, rate: jax.Array, batch: episodes.Episodes) -> jax.Array:
-        run = meta.trajectory(learner(config, name, rate, config.steps))
+        steps = config.steps
+        if name == "MAML++":
+            steps = min(steps, config.inner_steps)
+        run = meta.trajectory(learner(config, name, rate, steps))
         key = jax.random.key(0)  # Nothing in the network is random.
         return jax.vmap(lambda params: run(params, {}, {}, batch, key)["loss"])(params)
 
@@ -258,6 +261,7 @@ def main(config: Config) -> dict[str, Any]:
             table[task] = {
                 method: errors[:, :, steps].mean(1).tolist()
                 for method, errors in by_method.items()
+                if steps < errors.shape[-1]
             }
             rows += [
                 Row(task, method, values, "pretrained" if method in META else None)

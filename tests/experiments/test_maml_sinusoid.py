@@ -48,9 +48,18 @@ def test_training_tells_maml_from_its_baseline(tmp_path):
         seeds=1,
         test_tasks=100,
     )
-    last = study.main(config)["10 points, 10 steps"]
+    table = study.main(config)
+    first, last = table["10 points, 1 steps"], table["10 points, 10 steps"]
     assert last["MAML"][0] < 0.7 * last["pretrained"][0]
-    assert last["MAML++"][0] < 0.7 * last["pretrained"][0]
+    assert first["MAML++"][0] < 0.7 * first["pretrained"][0]
+    assert "MAML++" not in last  # It has rates for three steps.
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config = dataclasses.replace(SMALL, run_dir=tmp_path, inner_learning_rate=1e30)
+    message = "MAML: the loss of a seed is not finite within updates 0 to 2 .*--inner"
+    with pytest.raises(FloatingPointError, match=message):
+        study.main(config)
 
 
 def test_all_points_of_all_tasks_are_one_batch(key):
