@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtransfer import losses, parallel
 from jaxtransfer.methods import adapt, distill, features, finetune, meta
-from jaxtransfer.methods.meta import outer
+from jaxtransfer.methods.meta import chunks
 from jaxtransfer.train import eval_step, init_state, metrics, train_step
 from tests.twins import jitted, network
 
@@ -277,22 +277,22 @@ def test_a_task_on_one_device_is_untouched_by_the_others(mesh):
 
 def test_automatic_chunks_have_a_task_for_every_device(mesh, monkeypatch):
     """Where there is room for one task a device, no device does another's work."""
-    monkeypatch.setitem(outer._ROOM, "cpu", 1.0)
+    monkeypatch.setitem(chunks._ROOM, "cpu", 1.0)
     build, variables, _, batch = meta_learning("linen", SGD)
     state = init_state(KEY, variables, OUTER)
     expected, _ = parallel.jit_step(step_of(build), donate=False)(state, batch)
-    chunks = []
+    sizes = []
 
     def spy(*arguments):
-        chunks.append(chunk_of(*arguments))
-        return chunks[-1]
+        sizes.append(chunk_of(*arguments))
+        return sizes[-1]
 
-    chunk_of = outer._chunk
-    monkeypatch.setattr(outer, "_chunk", spy)
+    chunk_of = chunks._chunk
+    monkeypatch.setattr(chunks, "_chunk", spy)
     over = parallel.jit_step(step_of(build), mesh, donate=False)
     close(over(state, batch)[0].params, expected.params)
     parallel.shard_map_step(step_of(build, "data"), mesh)(state, batch)
-    assert chunks == [8, 1]
+    assert sizes == [8, 1]
     laid = parallel.replicate(state, mesh), parallel.shard_batch(batch, mesh)
     assert "all-gather" not in over.lower(*laid).compile().as_text()
 
