@@ -34,7 +34,16 @@ ONLY = {
 PARTS = set(RANK) | set(ONLY)
 ORBAX_HOME = "jaxtransfer.train.checkpoint"
 # Imported inside the function that needs them, never by importing the library.
-LAZY = {"tensorflow", "matplotlib", "torch", "tyro", "tensorboardX", "sklearn", "h5py"}
+LAZY = {
+    "h5py",
+    "matplotlib",
+    "safetensors",
+    "sklearn",
+    "tensorboardX",
+    "tensorflow",
+    "torch",
+    "tyro",
+}
 
 
 def modules() -> dict[str, str]:

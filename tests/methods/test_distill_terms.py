@@ -414,6 +414,8 @@ def test_names_and_teachers_that_are_missing():
     term = Term(loss=losses.knowledge_distillation)
     with pytest.raises(ValueError, match="'task_loss' is the name of a metric"):
         distill.objective(SMALL, LARGE, terms={"task_loss": term})
+    with pytest.raises(ValueError, match="teacher: 'student' is the name of the"):
+        distill.objective(SMALL, {"student": LARGE}, terms={"t": term})
     with pytest.raises(ValueError, match="frozen: there is no 'teacher'"):
         run(
             distill.objective(SMALL, LARGE, terms={"t": term}),

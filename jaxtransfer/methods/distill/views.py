@@ -30,6 +30,11 @@ class Views:
         several = {} if teacher is None else teacher
         if isinstance(several, Model):
             several = {TEACHER: several}
+        if taken := sorted({STUDENT, AVERAGE} & set(several)):
+            raise ValueError(
+                f"teacher: {taken[0]!r} is the name of the student's own side; choose "
+                "another"
+            )
         self.alone = isinstance(teacher, Model)
         self.student, self.terms = student, terms
         self.models = {**several, AVERAGE: student}
