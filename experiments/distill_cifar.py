@@ -28,6 +28,7 @@ from experiments.distill_cifar_rows import (
     MUTUAL,
     SIMKD,
     TASK_WEIGHT,
+    TUNED,
     last_blocks,
     make_rows,
     projector,
@@ -69,8 +70,14 @@ class Config(StudyConfig):
     """Of all the student's weights."""
     cohort: int = 2
     """Students that learn from each other in the row of mutual learning."""
+    kd_temperature: float = 4.0
+    """Of the row of tuned KD."""
+    kd_weight: float = 0.9
+    """Of the teacher in the row of tuned KD; the labels have the rest."""
+    scored_on: str = "test"
+    """"test", or "valid" to choose options by: training images that are not used."""
     test_images: int = 10_000
-    """Test images, the first ones."""
+    """Images to score with, the first ones."""
 
 
 PRESETS = {
@@ -226,6 +233,7 @@ def make_student(config: Config, row: str, teacher: Model) -> Student:
         optax.sgd(schedule, momentum=0.9),
     )
     depths = config.student_depth, config.teacher_depth, config.filters
+    tuned = config.kd_temperature, config.kd_weight
     init = jax.jit(student.init)
     if row == MUTUAL:
         objective = distill.mutual_objective(student)
@@ -239,8 +247,8 @@ def make_student(config: Config, row: str, teacher: Model) -> Student:
         objective = distill.objective(
             student,
             teacher,
-            terms=make_rows(*depths, any_key, any_labels)[row],
-            task_weight=TASK_WEIGHT.get(row, 1.0),
+            terms=make_rows(*depths, any_key, any_labels, tuned)[row],
+            task_weight=1 - tuned[1] if row == TUNED else TASK_WEIGHT.get(row, 1.0),
         )
 
     def start(key: jax.Array, lesson: Lesson) -> Any:
@@ -251,7 +259,7 @@ def make_student(config: Config, row: str, teacher: Model) -> Student:
                 bridge_key,
                 student,
                 teacher,
-                make_rows(*depths, memory_key, lesson.images.labels)[row],
+                make_rows(*depths, memory_key, lesson.images.labels, tuned)[row],
                 student_variables=begun,
                 teacher_variables=lesson.teacher,
                 inputs=lesson.images.inputs[:2],
@@ -332,18 +340,25 @@ def main(config: Config) -> dict[str, Any]:
         ``{"rows": ..., "teacher": accuracy in %}``.
 
     Raises:
-        ValueError: an unknown row, or more images of a class than there are.
+        ValueError: an unknown row, a weight outside of 0 to 1, unknown images to score
+            with, or more images of a class than there are.
         FileNotFoundError: there is no file of the teacher.
     """
     known = list(make_rows(8, 8, 1, jax.random.key(0), jnp.zeros(4, int)))
     if unknown := sorted(set(config.rows) - set(known)):
         raise ValueError(f"rows: no {unknown[0]!r}; choose among {known}")
+    if not 0 <= config.kd_weight <= 1:
+        raise ValueError(f"kd_weight: 0 to 1, got {config.kd_weight}")
+    if config.scored_on not in ("test", "valid"):
+        raise ValueError(f"scored_on: 'test' or 'valid', got {config.scored_on!r}")
     teacher = resnet(config, config.teacher_depth)
     teacher_variables = read_teacher(config, teacher)
     folder = start_run("distill_cifar", config)
     started = time.perf_counter()
-    train, test = read(config, "train"), read(config, "test")
-    test = Images(*(part[: config.test_images] for part in test))
+    train = read(config, "train")
+    unused = config.scored_on == "valid"
+    everything = train if unused else read(config, "test")
+    test = Images(*(part[: config.test_images] for part in everything))
     names = [row for row in known if not config.rows or row in config.rows]
     root = jax.random.key(config.seed)
     students = {name: make_student(config, name, teacher) for name in names}
@@ -362,6 +377,9 @@ def main(config: Config) -> dict[str, Any]:
                 taps = last_blocks(config.teacher_depth)
                 taught = look(teacher, teacher_variables, images.inputs, taps)
                 lesson = Lesson(images, taught, teacher_variables)
+                if unused:
+                    rest = np.setdiff1d(np.arange(len(train.labels)), chosen)
+                    test = Images(*(part[rest[: config.test_images]] for part in train))
                 for name in names:
                     display.update(bar, description=f"{10 * count} images, {name}")
                     key = prng.stream(root, f"seed {seed}")

@@ -1,7 +1,8 @@
 """The rows of the CIFAR study: every family of distillation as terms of one objective.
 
 Weights and temperatures are those of the papers or of the benchmark of Tian et al.
-(2020, CIFAR-100); none was tuned here. Deviations: CRD compares the teacher's pooled
+(2020, CIFAR-100); none was tuned here but the temperature and the weight of the row of
+tuned KD, which are options. Deviations: CRD compares the teacher's pooled
 features as they are, with negatives half as many as images; HCL is the loss of ReviewKD
 without its fusion of stages.
 """
@@ -19,6 +20,7 @@ from jaxtransfer.typing import Model
 
 CE = "labels alone"
 KD = "KD"
+TUNED = "tuned KD"
 MUTUAL = "mutual"
 SIMKD = "SimKD"
 
@@ -112,6 +114,7 @@ def make_rows(
     filters: int,
     key: jax.Array,
     labels: jax.Array,
+    tuned: tuple[float, float] = (4.0, 0.9),
 ) -> dict[str, dict[str, Term]]:
     """Terms by row; those of :data:`MUTUAL` have an objective of their own.
 
@@ -121,6 +124,7 @@ def make_rows(
         filters: of the teacher's first stage.
         key: of CRD's memory.
         labels: of all training images, by index.
+        tuned: temperature and weight of the row of tuned KD.
     """
     own, taught = last_blocks(student_depth), last_blocks(teacher_depth)
     last: Any = {"student": own[-1], "teacher": taught[-1]}
@@ -136,6 +140,13 @@ def make_rows(
     return {
         CE: {},
         KD: {"logits": Term(loss=losses.knowledge_distillation, weight=0.9)},
+        TUNED: {
+            "logits": Term(
+                loss=losses.knowledge_distillation,
+                weight=tuned[1],
+                options={"temperature": tuned[0]},
+            )
+        },
         "hint": {
             "maps": Term(
                 loss=losses.hint,

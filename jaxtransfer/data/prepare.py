@@ -1,7 +1,7 @@
 """Prepare a data set for `load`: `python -m jaxtransfer.data.prepare NAME ...`.
 
-The project's own builders (`usps`, `mnist_m`, `movielens_100k`) need no TensorFlow.
-Every other name is handed to the TFDS catalogue, whose generators do.
+The project's own builders (`usps`, `mnist_m`, `movielens_100k`, `multi30k`) need no
+TensorFlow. Every other name is handed to the TFDS catalogue, whose generators do.
 """
 
 import argparse
@@ -20,6 +20,7 @@ OWN = {
     "usps": ("jaxtransfer.data.builders.usps", "Usps"),
     "mnist_m": ("jaxtransfer.data.builders.mnist_m", "MnistM"),
     "movielens_100k": ("jaxtransfer.data.builders.movielens_100k", "Movielens100k"),
+    "multi30k": ("jaxtransfer.data.builders.multi30k", "Multi30k"),
 }
 
 
@@ -36,8 +37,8 @@ def prepare(
     """Prepare a data set as array_record under `data_dir`, unless it already is.
 
     Args:
-        name: `"usps"`, `"mnist_m"`, `"movielens_100k"`, or a data set of the TFDS
-            catalogue.
+        name: `"usps"`, `"mnist_m"`, `"movielens_100k"`, `"multi30k"`, or a data set of
+            the TFDS catalogue.
         data_dir: TFDS root to write to.
         manual_dir: folder with the file of the public release, or a parent of it.
 

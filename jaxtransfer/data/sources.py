@@ -21,6 +21,7 @@ _OWN_BUILDERS = {
     "usps": "usps.h5",
     "mnist_m": "mnist_m.zip",
     "movielens_100k": "u.data, u.user and u.item",
+    "multi30k": "train.en.gz and the others",
 }
 
 

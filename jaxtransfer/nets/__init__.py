@@ -7,6 +7,7 @@ from jaxtransfer.nets.normalization import NNXStochNorm, StochNorm
 from jaxtransfer.nets.recommendation import UserPreference
 from jaxtransfer.nets.resnet import ImageNetResNet
 from jaxtransfer.nets.task_norm import TaskNorm
+from jaxtransfer.nets.transformer import Transformer, decoding
 from jaxtransfer.nets.vgg import VGG
 from jaxtransfer.nets.vision import MLP, Conv4, Critic, LeNet, ResNet
 from jaxtransfer.nets.vit import ViT
@@ -26,7 +27,9 @@ __all__ = [
     "ResNet",
     "StochNorm",
     "TaskNorm",
+    "Transformer",
     "UserPreference",
     "VGG",
     "ViT",
+    "decoding",
 ]

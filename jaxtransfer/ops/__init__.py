@@ -12,12 +12,15 @@ from jaxtransfer.ops.patches import conv, max_pool
 from jaxtransfer.ops.pooling import adaptive_average_pool
 from jaxtransfer.ops.ramps import cosine, dann, linear, progress
 from jaxtransfer.ops.reversal import gradient_reversal
+from jaxtransfer.ops.search import Beams, beam_search, sample_tokens
 from jaxtransfer.ops.shuffle import shuffled
 from jaxtransfer.ops.varying import vary, varying_axes
 from jaxtransfer.ops.winograd import winograd_conv
 
 __all__ = [
+    "Beams",
     "adaptive_average_pool",
+    "beam_search",
     "chunked_mean",
     "conv",
     "cosine",
@@ -29,6 +32,7 @@ __all__ = [
     "max_pool",
     "mean_squared_distance",
     "progress",
+    "sample_tokens",
     "self_squared_distances",
     "shuffled",
     "squared_distances",

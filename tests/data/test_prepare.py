@@ -1,5 +1,6 @@
 """The project's builders on tiny releases made here, without TensorFlow."""
 
+import gzip
 import io
 import os
 import socket
@@ -273,3 +274,53 @@ def test_movielens_needs_all_three_files(tmp_path, capsys):
     (tmp_path / "raw" / "u.item").unlink()
     assert run("movielens_100k", tmp_path) == 1
     assert "u.item doesn't exist" in capsys.readouterr().err
+
+
+def write_multi30k(folder, **changed):
+    """A release of two sentences a split; `changed` replaces whole files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val", "test_2016_flickr", "test_2017_flickr"):
+        for language in ("en", "de", "fr", "cs"):
+            lines = f"{split} eins {language}\nžluťoučký {language} \n".encode()
+            lines = changed.get(f"{split}_{language}", lines)
+            (folder / f"{split}.{language}.gz").write_bytes(gzip.compress(lines))
+
+
+def test_multi30k(tmp_path, capsys):
+    """Sentences of all languages are one example; one test set has no Czech."""
+    write_multi30k(tmp_path / "raw" / "multi30k")
+    assert run("multi30k", tmp_path) == 0
+    assert "train 2" in capsys.readouterr().out
+    for split, czech in (("train", "cs"), ("test_2017_flickr", "")):
+        source = data.load("multi30k", split, data_dir=tmp_path / "d")
+        found = [{k: v.item().decode() for k, v in one.items()} for one in source]
+        assert len(found) == 2
+        for one in found:
+            assert one["de"] == one["en"].removesuffix("en") + "de"
+            assert one["cs"].endswith(czech) and bool(one["cs"]) == bool(czech)
+    assert {one["en"] for one in found} == {"test_2017_flickr eins en", "žluťoučký en"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"val_fr": b"une\n"}, "val.fr.gz is damaged: it has 1 lines, the English"),
+        ({"train_de": b"eins\n\n"}, "train.de.gz is damaged: line 2 is empty"),
+        ({"train_cs": b"\xff\xfe\n2\n"}, "train.cs.gz is damaged"),
+    ],
+)
+def test_damaged_multi30k(tmp_path, capsys, changed, message):
+    write_multi30k(tmp_path / "raw", **changed)
+    assert run("multi30k", tmp_path) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_multi30k_that_is_cut_off(tmp_path, capsys):
+    write_multi30k(tmp_path / "raw")
+    file = tmp_path / "raw" / "train.fr.gz"
+    file.write_bytes(file.read_bytes()[:-6])
+    assert run("multi30k", tmp_path) == 1
+    assert "train.fr.gz is damaged" in capsys.readouterr().err
+    file.unlink()
+    assert run("multi30k", tmp_path) == 1
+    assert "train.fr.gz doesn't exist" in capsys.readouterr().err

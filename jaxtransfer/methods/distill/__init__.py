@@ -17,6 +17,8 @@ from jaxtransfer.methods.distill.online import init_cohort as init_cohort
 from jaxtransfer.methods.distill.online import mutual_objective as mutual_objective
 from jaxtransfer.methods.distill.online import of_cohort as of_cohort
 from jaxtransfer.methods.distill.online import stages as stages
+from jaxtransfer.methods.distill.sequences import on_policy as on_policy
+from jaxtransfer.methods.distill.sequences import sequence_batch as sequence_batch
 from jaxtransfer.methods.distill.start import start as start
 from jaxtransfer.methods.distill.student import init as init
 from jaxtransfer.methods.distill.student import moving_average as moving_average

@@ -1,0 +1,440 @@
+"""Translation distilled: into a small student, and from a rich pair to poor ones.
+
+The rich pair: a teacher learns English to German from all sentences of Multi30k; small
+students learn it from the labels, from the teacher's next word (word-KD), from its
+translations (sequence-KD), from those of its beam that are most like the label
+(interpolation), or from its opinion of their own words (GKD).
+
+The poor pairs: there are few sentences of English to Czech and to French. A small
+student learns from them alone; from them, having begun as a student of the rich pair;
+or from them and the translations of the other English sentences by a large one, which
+has learned the rich pair and both poor ones. Scores: sacrebleu on test_2016_flickr,
+after the last update.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import translation_text as text
+from experiments import translation_training as training
+from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
+from experiments.translation_text import Pairs, Sentences, Vocabulary
+from experiments.translation_training import Size, Training, Translator
+from jaxtransfer import pretrained, prng
+from jaxtransfer.model import from_linen
+from jaxtransfer.typing import Variables
+
+LABELS, WORDS, SEQUENCES = "labels alone", "word-KD", "sequence-KD"
+INTERPOLATED, OWN = "sequence interpolation", "GKD"
+RICH = (LABELS, WORDS, SEQUENCES, INTERPOLATED, OWN)
+ALONE, BEGUN = "few pairs alone", "begun with the rich pair"
+TAUGHT, BOTH = "and sequence-KD", "begun so, and sequence-KD"
+POOR = (ALONE, BEGUN, TAUGHT, BOTH)
+VOCABULARY = "vocabulary.model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(StudyConfig):
+    """Options of the study."""
+
+    dataset: str = "multi30k"
+    """Or "invented": words for digits, for trying out."""
+    teacher: Size = Size(128, 4, 256, 3, 3, 0.1)
+    """Of the large network."""
+    student: Size = Size(64, 4, 128, 2, 1, 0.1)
+    """Of the small ones."""
+    vocabulary: int = 3000
+    """Subwords of all languages together."""
+    teacher_updates: int = 2400
+    """Of the teacher of the rich pair."""
+    mixed_updates: int = 800
+    """More of them, on the rich and the poor pairs."""
+    student_updates: int = 800
+    """Of a student of the rich pair."""
+    poor_updates: int = 500
+    """Of a student of a poor pair."""
+    tokens: int = 3072
+    """Of a batch, of source or target with their padding."""
+    learning_rate: float = 3e-3
+    """The highest, of Adam; of what goes on from weights, a third of it."""
+    poor_pairs: int = 2000
+    """Sentences of a poor pair."""
+    poor: tuple[str, ...] = ("cs", "fr")
+    """Languages of the poor pairs; none leaves that part out."""
+    rows: tuple[str, ...] = RICH
+    """Students of the rich pair."""
+    beams: int = 4
+    """Of the search; 1 is greedy, which is scored too."""
+    penalty: float = 0.6
+    """Exponent of the length in the search."""
+    sentences: int = 0
+    """Training sentences, the first ones; 0 is all."""
+    test_sentences: int = 0
+    """Test sentences, the first ones; 0 is all."""
+    teachers: Path | None = None
+    """Folder of an earlier run whose trained teachers and subwords are used."""
+
+
+PRESETS = {
+    "smoke": Config(
+        dataset="invented",
+        teacher=Size(16, 2, 16, 1, 1, 0.0),
+        student=Size(8, 2, 16, 1, 1, 0.0),
+        vocabulary=120,
+        teacher_updates=3,
+        mixed_updates=2,
+        student_updates=2,
+        poor_updates=2,
+        tokens=128,
+        poor_pairs=20,
+        poor=("cs",),
+        beams=2,
+        sentences=60,
+        test_sentences=6,
+        seeds=2,
+    ),
+    "cpu": Config(),
+    "paper": Config(
+        teacher=Size(256, 4, 1024, 6, 6, 0.3),
+        student=Size(128, 4, 256, 2, 2, 0.1),
+        vocabulary=8000,
+        teacher_updates=8000,
+        mixed_updates=4000,
+        student_updates=8000,
+        poor_updates=3000,
+        tokens=8192,
+        beams=5,
+        seeds=5,
+    ),
+}
+
+
+class Corpus(NamedTuple):
+    """All text of the study."""
+
+    train: Sentences
+    test: Sentences
+    vocabulary: Vocabulary
+
+
+def read(config: Config) -> Corpus:
+    """Sentences and the subwords that are learned from those of training."""
+    if config.dataset == "invented":
+        train, test = text.invented(config.sentences), text.invented(20)
+    else:
+        train = text.read("train", config.data_dir)
+        test = text.read("test_2016_flickr", config.data_dir)
+    train = _first(train, config.sentences)
+    if config.teachers is not None:
+        vocabulary = Vocabulary((config.teachers / VOCABULARY).read_bytes())
+    else:
+        few = _first(train, config.poor_pairs)
+        learned = train["en"] + train["de"]
+        for language in config.poor:
+            learned = learned + few[language]
+        vocabulary = text.learn(learned, config.vocabulary)
+    return Corpus(train, _first(test, config.test_sentences), vocabulary)
+
+
+def _first(sentences: Sentences, count: int) -> Sentences:
+    return {name: lines[: count or None] for name, lines in sentences.items()}
+
+
+def pairs(corpus: Corpus, into: str, count: int = 0) -> Pairs:
+    """Training pairs of English and a language, the first ones."""
+    part = _first(corpus.train, count)
+    words = corpus.vocabulary
+    return Pairs(words.sources(part["en"], into), words.targets(part[into]))
+
+
+class Study:
+    """What the parts of the study share."""
+
+    def __init__(self, config: Config, corpus: Corpus, folder: Path) -> None:
+        """Set up networks and searches."""
+        self.config, self.corpus, self.folder = config, corpus, folder
+        size = corpus.vocabulary.size
+        self.teacher = training.network(config.teacher, size)
+        self.student = training.network(config.student, size)
+        options = {"penalty": config.penalty}
+        self.searches = {
+            network: (
+                Translator(network, beams=config.beams, **options),
+                Translator(network, beams=1, **options),
+            )
+            for network in (self.teacher, self.student)
+        }
+        self.key = jax.random.key(config.seed)
+        self.rows: list[Row] = []
+        self.samples: dict[str, list[str]] = {}
+        self.say: Callable[[str], None] = print
+
+    def recipe(self, updates: int, begun: bool = False) -> Training:
+        """How long and how fast; more gently if there is something to lose."""
+        rate = self.config.learning_rate / (3 if begun else 1)
+        return Training(updates, tokens=self.config.tokens, learning_rate=rate)
+
+    def stream(self, of: Pairs, seed: int) -> Iterator[Any]:
+        """Batches of a seed."""
+        return text.batches(of, self.config.tokens, (self.config.seed, seed))
+
+    def report(self, name: str) -> Callable[[int, float], None]:
+        """Write down how a training goes."""
+        path = self.folder / "losses.jsonl"
+
+        def write(number: int, loss: float) -> None:
+            line = {"training": name, "update": number, "loss": loss}
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+        return write
+
+    def taught(self, name: str, train: Callable[[], Variables]) -> Variables:
+        """A teacher: from the folder of an earlier run, or trained and saved."""
+        file = f"{name}.safetensors"
+        model = from_linen(self.teacher)
+        if self.config.teachers is not None:
+            some = jax.ShapeDtypeStruct((1, 2), np.dtype("int32"))
+            inputs = {"source": some, "target": some}
+            return pretrained.load(self.config.teachers / file, model, inputs)[0]
+        variables = train()
+        pretrained.save(self.folder / file, variables)
+        return variables
+
+    def translate(self, network: Any, variables: Variables, into: str) -> Any:
+        """Scores by measure on the test sentences, and the translations."""
+        words, test = self.corpus.vocabulary, self.corpus.test
+        sources = words.sources(test["en"], into)
+        searched, greedy = (
+            [words.text(beams[0]) for beams in search(variables, sources)]
+            for search in self.searches[network]
+        )
+        bleu, chrf = training.score(searched, test[into])
+        plain, _ = training.score(greedy, test[into])
+        return {"BLEU": bleu, "chrF": chrf, "BLEU, greedy": plain}, searched
+
+    def add(
+        self, pair: str, method: str, found: list[dict[str, float]], baseline: Any
+    ) -> None:
+        """Rows of a method, one a measure."""
+        for measure in found[0] if found else ():
+            values = [scores[measure] for scores in found]
+            self.rows.append(Row(f"{pair}, {measure}", method, values, baseline))
+
+    def scored(
+        self, network: Any, variables: Variables, into: str, name: str
+    ) -> dict[str, float]:
+        """Scores, told and kept with the first translations."""
+        scores, lines = self.translate(network, variables, into)
+        told = ", ".join(f"{key} {value:.2f}" for key, value in scores.items())
+        self.say(f"en→{into}, {name}: {told}")
+        self.samples[f"en→{into}, {name}"] = lines[:5]
+        return scores
+
+
+def rich_teacher(study: Study) -> Variables:
+    """The teacher of the rich pair."""
+    recipe = study.recipe(study.config.teacher_updates)
+    lesson = training.lesson_of(study.teacher, smoothing=recipe.smoothing)
+
+    def train() -> Variables:
+        return training.make_trainer(lesson, recipe)(
+            prng.stream(study.key, "teacher"),
+            training.start(prng.stream(study.key, "teacher"), study.teacher),
+            study.stream(pairs(study.corpus, "de"), 1000),
+            report=study.report("teacher"),
+        )
+
+    return study.taught("teacher", train)
+
+
+def mixed_teacher(study: Study, begun: Variables) -> Variables:
+    """The teacher of the rich and the poor pairs, that goes on from the rich one's."""
+    config, corpus = study.config, study.corpus
+    recipe = study.recipe(config.mixed_updates, begun=True)
+    lesson = training.lesson_of(study.teacher, smoothing=recipe.smoothing)
+    together = pairs(corpus, "de")
+    few = [pairs(corpus, language, config.poor_pairs) for language in config.poor]
+    # As many sentences of each language.
+    times = max(1, len(together.sources) // max(1, config.poor_pairs))
+    for some in few:
+        together = together + Pairs(some.sources * times, some.targets * times)
+
+    def train() -> Variables:
+        return training.make_trainer(lesson, recipe)(
+            prng.stream(study.key, "mixed teacher"),
+            training.start(study.key, study.teacher, begun),
+            study.stream(together, 1001),
+            report=study.report("mixed teacher"),
+        )
+
+    return study.taught("mixed_teacher", train)
+
+
+def rich(study: Study, teacher: Variables) -> list[Variables]:
+    """Students of the rich pair; those of the last row but GKD's are given back."""
+    config, corpus = study.config, study.corpus
+    recipe = study.recipe(config.student_updates)
+    own_recipe = study.recipe(max(1, config.student_updates // 4), begun=True)
+    of_labels = pairs(corpus, "de")
+    lessons = {LABELS: of_labels, WORDS: of_labels, OWN: of_labels}
+    if {SEQUENCES, INTERPOLATED} & set(config.rows):
+        beams = study.searches[study.teacher][0](teacher, of_labels.sources)
+        best = [sequences[0] for sequences in beams]
+        lessons[SEQUENCES] = Pairs(of_labels.sources, best)
+        if INTERPOLATED in config.rows:
+            chosen = training.likest(beams, corpus.train["de"], corpus.vocabulary)
+            lessons[INTERPOLATED] = Pairs(of_labels.sources, chosen)
+        study.say("the teacher has translated the training sentences")
+    hard = training.make_trainer(
+        training.lesson_of(study.student, smoothing=recipe.smoothing), recipe
+    )
+    both = {"student": study.student, "teacher": study.teacher}
+    trainers = {
+        LABELS: hard,
+        SEQUENCES: hard,
+        INTERPOLATED: hard,
+        WORDS: training.make_trainer(
+            training.lesson_of(**both, terms=training.word_term(), task_weight=0.5),
+            recipe,
+        ),
+        # From the students of the labels: their own words must be words.
+        OWN: training.make_trainer(
+            training.lesson_of(
+                **both,
+                terms=training.word_term(divergence="jensen_shannon"),
+                task_weight=0.0,
+                own_words=0.5,
+            ),
+            own_recipe,
+        ),
+    }
+    trained: dict[str, list[Variables]] = {}
+    for method in config.rows:
+        found, kept = [], []
+        for seed in range(config.seeds):
+            key = prng.stream(study.key, f"student {seed}")
+            # Whatever begins with other students begins with those of the same seed.
+            before = trained[LABELS][seed] if method == OWN else None
+            variables = trainers[method](
+                key,
+                training.start(key, study.student, before),
+                study.stream(lessons[method], seed),
+                teacher if method in (WORDS, OWN) else None,
+                study.report(f"{method} {seed}"),
+            )
+            kept.append(variables)
+            name = f"{method}, seed {seed}"
+            found.append(study.scored(study.student, variables, "de", name))
+        trained[method] = kept
+        study.add("en→de", method, found, None if method == LABELS else LABELS)
+    return trained.get(WORDS, trained[config.rows[0]])
+
+
+def poor(study: Study, into: str, mixed: Variables, begun: list[Variables]) -> None:
+    """Students of a poor pair."""
+    config, corpus = study.config, study.corpus
+    few = pairs(corpus, into, config.poor_pairs)
+    sources = corpus.vocabulary.sources(corpus.train["en"], into)
+    beams = study.searches[study.teacher][0](mixed, sources[config.poor_pairs :])
+    written = Pairs(sources[config.poor_pairs :], [own[0] for own in beams])
+    study.say(f"en→{into}: the teacher has translated {len(beams)} sentences")
+    # Half of what is read is labelled.
+    times = max(1, len(written.sources) // max(1, len(few.sources)))
+    enriched = written + Pairs(few.sources * times, few.targets * times)
+    fresh, gentle = (
+        study.recipe(config.poor_updates, begun=begun) for begun in (False, True)
+    )
+    lesson = training.lesson_of(study.student, smoothing=fresh.smoothing)
+    trainers = {
+        False: training.make_trainer(lesson, fresh),
+        True: training.make_trainer(lesson, gentle),
+    }
+    for method in POOR:
+        found = []
+        for seed in range(config.seeds):
+            key = prng.stream(study.key, f"{into} {seed}")
+            before = begun[seed] if method in (BEGUN, BOTH) else None
+            variables = trainers[before is not None](
+                key,
+                training.start(key, study.student, before),
+                study.stream(enriched if method in (TAUGHT, BOTH) else few, seed),
+                report=study.report(f"en→{into}, {method} {seed}"),
+            )
+            name = f"{method}, seed {seed}"
+            found.append(study.scored(study.student, variables, into, name))
+        study.add(f"en→{into}", method, found, None if method == ALONE else ALONE)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the study.
+
+    Returns:
+        ``{"rows": ..., "teachers": scores by name, "samples": ...}``.
+
+    Raises:
+        ValueError: an unknown row, or a row that another one must come before.
+        FileNotFoundError: the data set is not prepared, or the folder of ``teachers``
+            has no such file.
+    """
+    if unknown := sorted(set(config.rows) - set(RICH)):
+        raise ValueError(f"rows: no {unknown[0]!r}; choose among {list(RICH)}")
+    if not config.rows or (OWN in config.rows and config.rows[0] != LABELS):
+        raise ValueError(
+            f"rows: got {config.rows}; {LABELS!r} must come first, as {OWN!r} goes on "
+            "from it"
+        )
+    corpus = read(config)
+    folder = start_run("distill_translation", config)
+    (folder / VOCABULARY).write_bytes(corpus.vocabulary.model)
+    started = time.perf_counter()
+    study = Study(config, corpus, folder)
+    teachers = {}
+    with progress() as display:
+        bar = display.add_task("translation", total=3 + len(config.poor))
+        study.say = display.console.print
+
+        def done(what: str) -> None:
+            display.update(bar, advance=1, description=what)
+
+        teacher = rich_teacher(study)
+        teachers["en→de"] = study.scored(study.teacher, teacher, "de", "teacher")
+        done("students of the rich pair")
+        begun = rich(study, teacher)
+        done("mixed teacher")
+        if config.poor:
+            mixed = mixed_teacher(study, teacher)
+            for into in ("de", *config.poor):
+                teachers[f"mixed, en→{into}"] = study.scored(
+                    study.teacher, mixed, into, "mixed teacher"
+                )
+            done("students of the poor pairs")
+            for into in config.poor:
+                poor(study, into, mixed, begun)
+                done(f"students of en→{into}")
+    samples = {"source": corpus.test["en"][:5], **study.samples}
+    for into in ("de", *config.poor):
+        samples[f"en→{into}, reference"] = corpus.test[into][:5]
+    written = json.dumps(
+        {"teachers": teachers, "samples": samples}, indent=2, ensure_ascii=False
+    )
+    (folder / "samples.json").write_text(written + "\n")
+    show(
+        "Multi30k: translation distilled",
+        study.rows,
+        folder,
+        unit="score",
+        started=started,
+    )
+    return {"rows": study.rows, "teachers": teachers, "samples": samples}
+
+
+if __name__ == "__main__":
+    command_line(main, PRESETS)

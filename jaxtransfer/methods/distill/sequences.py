@@ -1,0 +1,139 @@
+"""Distilling models that write: batches of sequences, and the student's own words."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtransfer import prng
+from jaxtransfer.methods.distill.student import of_student
+from jaxtransfer.typing import (
+    Batch,
+    Frozen,
+    Metrics,
+    ModelState,
+    Objective,
+    Params,
+    Scalar,
+    Variables,
+)
+
+Generate = Callable[[Variables, Batch, jax.Array], Any]
+"""``(student, batch, key) -> tokens [batch, length]``."""
+
+
+def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) -> Batch:
+    """A batch that teaches to write some sequences.
+
+    At each place the token there is to be told from those before it.
+
+    Args:
+        source: what the encoder reads, ``[batch, source]``.
+        tokens: sequences with the token that ends them, ``[batch, length]``.
+        begin: the token that the decoder reads first.
+        padding: the token that is none.
+
+    Returns:
+        ``{"inputs": {"source", "target"}, "labels" [batch, length], "where" [batch,
+        length]}``: places of padding don't count.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batch = sequence_batch(
+        ...     jnp.ones((1, 2), int), jnp.array([[5, 6, 2, 0]]), begin=1)
+        >>> batch["inputs"]["target"].tolist(), batch["where"].tolist()
+        ([[1, 5, 6, 2]], [[True, True, True, False]])
+    """
+    tokens = jnp.asarray(tokens)
+    first = jnp.full_like(tokens[:, :1], begin)
+    return {
+        "inputs": {
+            "source": source,
+            "target": jnp.concatenate([first, tokens[:, :-1]], axis=1),
+        },
+        "labels": tokens,
+        "where": tokens != padding,
+    }
+
+
+def on_policy(
+    objective: Objective,
+    generate: Generate,
+    *,
+    begin: int,
+    padding: int = 0,
+    share: float = 0.5,
+) -> Objective:
+    r"""Teach a student on sequences that it writes itself (GKD).
+
+    A batch is replaced, with probability ``share``, by the same sources with sequences
+    :math:`y \sim s(\cdot \mid x)` that the student as it is now writes; the teacher
+    then says at each place what it would have written there. No gradient flows into the
+    drawing. The teacher alone teaches: labels are taken out of every batch, for a word
+    that the student wrote has none.
+
+    Args:
+        objective: such as :func:`~jaxtransfer.methods.distill.objective` with a term of
+            :func:`~jaxtransfer.losses.token_distillation`, whose divergence is usually
+            "jensen_shannon" or "reverse" here.
+        generate: draws the sequences, ``(student, batch, key) -> tokens [batch,
+            length]``, as long as those of the batch; for example with
+            :func:`~jaxtransfer.ops.sample_tokens`.
+        begin: the token that the decoder reads first.
+        padding: the token that is none.
+        share: of the batches, 0 … 1.
+
+    Returns:
+        Objective over batches of :func:`sequence_batch`.
+
+    Raises:
+        ValueError: ``share`` is out of range; (at the first call) what is generated has
+            another length than the batch.
+
+    Example:
+        >>> from jaxtransfer.methods import distill
+        >>> on_policy(lambda *given: given, None, begin=1, share=2.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: share: got 2.0; a probability is in 0 … 1
+
+    References:
+        Agarwal et al., *On-policy distillation of language models*, ICLR 2024,
+        algorithm 1.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share: got {share}; a probability is in 0 … 1")
+
+    def value(
+        params: Params,
+        frozen: Frozen,
+        model_state: ModelState,
+        batch: Batch,
+        key: jax.Array,
+    ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        draw, words, inner = prng.streams(key, "on policy", "words", "objective")
+        student = jax.lax.stop_gradient(of_student(params, model_state))
+
+        def own(batch: Batch) -> Batch:
+            tokens = generate(student, batch, words)
+            if tokens.shape != batch["labels"].shape:
+                raise ValueError(
+                    f"generate: wrote tokens {tokens.shape} for a batch of "
+                    f"{batch['labels'].shape}; write as many"
+                )
+            source = batch["inputs"]["source"]
+            return sequence_batch(source, tokens, begin=begin, padding=padding)
+
+        lesson = {name: batch[name] for name in ("inputs", "labels", "where")}
+        chosen = jax.lax.cond(
+            jax.random.bernoulli(draw, share), own, lambda same: same, lesson
+        )
+        chosen.pop("labels")
+        rest = {name: part for name, part in batch.items() if name != "labels"}
+        return objective(params, frozen, model_state, {**rest, **chosen}, inner)
+
+    return value
+
+
+__all__ = ["on_policy", "sequence_batch"]

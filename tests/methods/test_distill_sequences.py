@@ -1,0 +1,130 @@
+"""Distilling models that write: batches, and the student's own words."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtransfer import losses, nets, ops
+from jaxtransfer.methods import distill
+from jaxtransfer.methods.distill import Term
+from jaxtransfer.model import from_linen
+from jaxtransfer.train import init_state, train_step
+
+BEGIN, END = 1, 2
+NET = nets.Transformer(
+    9, width=8, heads=2, hidden=8, encoder_layers=1, decoder_layers=1
+)
+MODEL = from_linen(NET)
+SOURCE = jnp.array([[4, 5, 2], [6, 2, 0]])
+BATCH = distill.sequence_batch(SOURCE, jnp.array([[5, 6, 2], [7, 2, 0]]), begin=BEGIN)
+WORDS = {"words": Term(loss=losses.token_distillation)}
+
+
+@pytest.fixture(scope="module")
+def variables():
+    init = jax.jit(MODEL.init)
+    inputs = BATCH["inputs"]
+    return init(jax.random.key(0), inputs), init(jax.random.key(1), inputs)
+
+
+def write(student, batch, key):
+    length = batch["labels"].shape[1]
+    step, cache = nets.decoding(NET, student, batch["inputs"]["source"], length=length)
+    begin = jnp.full(len(batch["labels"]), BEGIN)
+    return ops.sample_tokens(step, cache, begin, key=key, length=length, end=END)
+
+
+def value_of(objective, variables, key, batch=BATCH):
+    student, teacher = variables
+    begun = distill.init(student)
+    return jax.jit(objective)(
+        begun.params, {"teacher": teacher}, begun.model_state, batch, key
+    )
+
+
+def test_a_token_is_told_from_those_before_it():
+    np.testing.assert_array_equal(
+        BATCH["inputs"]["target"], [[BEGIN, 5, 6], [BEGIN, 7, 2]]
+    )
+    np.testing.assert_array_equal(BATCH["where"], [[1, 1, 1], [1, 1, 0]])
+
+
+def test_word_distillation_does_not_see_padding(variables):
+    objective = distill.objective(MODEL, MODEL, terms=WORDS)
+    longer = distill.sequence_batch(
+        jnp.pad(SOURCE, ((0, 0), (0, 2))),
+        jnp.pad(BATCH["labels"], ((0, 0), (0, 3))),
+        begin=BEGIN,
+    )
+    plain, padded = (
+        value_of(objective, variables, jax.random.key(0), batch)[0]
+        for batch in (BATCH, longer)
+    )
+    np.testing.assert_allclose(padded, plain, rtol=1e-5)
+
+
+def test_share_0_is_the_batch_without_labels(variables):
+    objective = distill.objective(MODEL, MODEL, terms=WORDS)
+    own = distill.on_policy(objective, write, begin=BEGIN, share=0.0)
+    unlabelled = {k: v for k, v in BATCH.items() if k != "labels"}
+    key = jax.random.key(3)
+    found, (_, measured) = value_of(own, variables, key)
+    assert set(measured) == {"words"}
+    np.testing.assert_allclose(
+        found, value_of(objective, variables, key, unlabelled)[0], rtol=1e-6
+    )
+
+
+def test_share_1_teaches_on_what_the_student_writes(variables):
+    """The loss is that of the very sequences, drawn by hand."""
+    words = []
+
+    def kept(student, batch, key):
+        tokens = write(student, batch, key)
+        jax.debug.callback(lambda found: words.append(np.asarray(found)), tokens)
+        return tokens
+
+    objective = distill.objective(MODEL, MODEL, terms=WORDS)
+    own = distill.on_policy(objective, kept, begin=BEGIN, share=1.0)
+    found, _ = value_of(own, variables, jax.random.key(5))
+    jax.effects_barrier()
+    batch = distill.sequence_batch(SOURCE, jnp.asarray(words[0]), begin=BEGIN)
+    assert not np.array_equal(words[0], BATCH["labels"])
+    batch.pop("labels")
+    expected, _ = value_of(objective, variables, jax.random.key(0), batch)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_student_learns_its_teacher_s_words(variables):
+    """And what it writes afterwards is what the teacher would have written."""
+    student, teacher = variables
+    objective = distill.on_policy(
+        distill.objective(MODEL, MODEL, terms=WORDS), write, begin=BEGIN, share=0.5
+    )
+    optimizer = optax.adam(1e-2)
+    step = jax.jit(train_step(objective, optimizer))
+    state = init_state(
+        jax.random.key(2), distill.init(student), optimizer, frozen={"teacher": teacher}
+    )
+    before = value_of(
+        distill.objective(MODEL, MODEL, terms=WORDS), variables, jax.random.key(0)
+    )[1][1]["words"]
+    for _ in range(60):
+        state, measured = step(state, BATCH)
+    after = measured["words"]
+    assert after.total / after.count < 0.3 * before.total / before.count
+
+
+def test_wrong_shares_and_lengths(variables):
+    objective = distill.objective(MODEL, MODEL, terms=WORDS)
+    with pytest.raises(ValueError, match="share: got -0.1"):
+        distill.on_policy(objective, write, begin=BEGIN, share=-0.1)
+
+    def short(student, batch, key):
+        return write(student, batch, key)[:, :2]
+
+    wrong = distill.on_policy(objective, short, begin=BEGIN, share=1.0)
+    with pytest.raises(ValueError, match=r"wrote tokens \(2, 2\).*\(2, 3\)"):
+        value_of(wrong, variables, jax.random.key(0))
