@@ -2,8 +2,8 @@
 
 Weights and temperatures are those of the papers or of the benchmark of Tian et al.
 (2020, CIFAR-100); none was tuned here but the temperature and the weight of the row of
-tuned KD, which are options. Deviations: CRD compares the teacher's pooled
-features as they are, with negatives half as many as images; HCL is the loss of ReviewKD
+tuned KD, which are options. Deviations: CRD compares the teacher's pooled features as
+they are, with negatives half as many as images; HCL is the loss of "review" (ReviewKD)
 without its fusion of stages.
 """
 
@@ -198,6 +198,7 @@ def make_rows(
             )
         },
         "HCL": each(losses.hierarchical_context),
+        "review": {"stages": distill.review(own, taught)},
         "standardised logits": {
             "logits": Term(loss=_standardized, weight=9.0, options={"temperature": 2.0})
         },

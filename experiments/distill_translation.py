@@ -79,7 +79,8 @@ class Config(StudyConfig):
     test_sentences: int = 0
     """Test sentences, the first ones; 0 is all."""
     teachers: Path | None = None
-    """Folder of an earlier run whose trained teachers and subwords are used."""
+    """Folder of an earlier run, whose subwords and those teachers that are there are
+    used."""
 
 
 PRESETS = {
@@ -197,10 +198,10 @@ class Study:
         return write
 
     def taught(self, name: str, train: Callable[[], Variables]) -> Variables:
-        """A teacher: from the folder of an earlier run, or trained and saved."""
+        """A teacher: from the folder of an earlier run if it is there, or trained."""
         file = f"{name}.safetensors"
         model = from_linen(self.teacher)
-        if self.config.teachers is not None:
+        if self.config.teachers is not None and (self.config.teachers / file).is_file():
             some = jax.ShapeDtypeStruct((1, 2), np.dtype("int32"))
             inputs = {"source": some, "target": some}
             return pretrained.load(self.config.teachers / file, model, inputs)[0]
@@ -382,7 +383,7 @@ def main(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: an unknown row, or a row that another one must come before.
         FileNotFoundError: the data set is not prepared, or the folder of ``teachers``
-            has no such file.
+            has no subwords.
     """
     if unknown := sorted(set(config.rows) - set(RICH)):
         raise ValueError(f"rows: no {unknown[0]!r}; choose among {list(RICH)}")

@@ -26,6 +26,7 @@ RANK = {
     "pretrained": 4,
     "train": 5,
     "methods": 6,
+    "compress": 6,
 }
 ONLY = {
     "parallel": {"typing"},
@@ -35,8 +36,10 @@ PARTS = set(RANK) | set(ONLY)
 ORBAX_HOME = "jaxtransfer.train.checkpoint"
 # Imported inside the function that needs them, never by importing the library.
 LAZY = {
+    "flatbuffers",
     "h5py",
     "matplotlib",
+    "qwix",
     "safetensors",
     "sklearn",
     "tensorboardX",

@@ -27,7 +27,7 @@ class _DenseFeatures(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
-        x = jnp.reshape(inputs, (len(inputs), -1))
+        x = jnp.reshape(inputs, (inputs.shape[0], -1))
         for number, width in enumerate(self.widths):
             x = self.activation(nn.Dense(width, name=f"dense_{number}")(x))
             if self.dropout:
@@ -62,7 +62,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         """Map ``[batch, ...]`` to ``[batch, outputs]``."""
-        x = jnp.reshape(inputs, (len(inputs), -1))
+        x = jnp.reshape(inputs, (inputs.shape[0], -1))
         if self.context:
             x = ConcatenatedContext(self.context, name="context")(x)
         x = _DenseFeatures(self.widths, self.activation, self.dropout, name="features")(
@@ -108,7 +108,7 @@ class _LeNetFeatures(nn.Module):
                     use_running_average=not train, momentum=0.9, name=f"norm_{number}"
                 )(x)
             x = max_pool(nn.relu(x))
-        x = nn.Dense(self.width, name="dense")(x.reshape(len(x), -1))
+        x = nn.Dense(self.width, name="dense")(x.reshape(x.shape[0], -1))
         x = nn.relu(x)
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -216,7 +216,7 @@ class _Conv4Features(nn.Module):
             x = block(x, train=train)
             if number == 2 and self.context:
                 x = Context(self.context, name="context")(x)
-        return x.mean(axis=(1, 2)) if self.pooled else x.reshape(len(x), -1)
+        return x.mean(axis=(1, 2)) if self.pooled else x.reshape(x.shape[0], -1)
 
 
 class Conv4(nn.Module):

@@ -32,10 +32,10 @@ def beam_search(
     step: Step,
     state: Any,
     begin: Int[AnyArray, "batch"],
-    *,
-    beams: int,
     length: int,
     end: int,
+    *,
+    beams: int = 4,
     padding: int = 0,
     length_penalty: float = 0.6,
     where: Bool[AnyArray, "vocabulary"] | None = None,
@@ -53,9 +53,9 @@ def beam_search(
             batch * beams, the beams of an example beside each other.
         state: Any pytree of arrays [batch, ...], such as keys and values of attention.
         begin: The token that a sequence begins with, [batch]; it is not part of it.
-        beams: How many sequences an example, positive and less than the vocabulary.
         length: The most tokens of a sequence, the end's among them; positive.
         end: The token that ends a sequence.
+        beams: How many sequences an example, positive and less than the vocabulary.
         padding: The token that fills up.
         length_penalty: Exponent of the length, 0 or more. 0 prefers short sequences.
         where: Which tokens may be written [vocabulary]; all by default.
@@ -161,10 +161,10 @@ def sample_tokens(
     step: Step,
     state: Any,
     begin: Int[AnyArray, "batch"],
-    *,
     key: Array,
     length: int,
     end: int,
+    *,
     padding: int = 0,
     temperature: float = 1.0,
 ) -> Int[Array, "batch length"]:

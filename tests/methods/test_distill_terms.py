@@ -399,7 +399,15 @@ def test_a_memory_is_carried_and_a_key_is_given():
         ({"rows": "mine"}, "the batch has no 'mine', which says whom"),
         (
             {"student": ("maps", "more"), "bridge": distill.match()},
-            "a bridge joins one layer to one layer",
+            "as many layers of the student as of the teacher",
+        ),
+        (
+            {
+                "student": ("maps", "more"),
+                "teacher": ("maps", "more"),
+                "bridge": distill.match(),
+            },
+            "match joins one layer to one; make a term of each pair",
         ),
         ({"of": "average"}, "no 'average'; begin with"),
     ],

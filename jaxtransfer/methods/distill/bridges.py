@@ -3,6 +3,8 @@
 They are trained with the student and left out when it is exported.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,8 @@ def match(*, always: bool = False, norm: bool = False) -> MakeBridge:
         ``(student's shape, teacher's shape) -> network``, for ``Term(bridge=...)``.
 
     Raises:
-        ValueError: (at the call) the two have another number of axes.
+        ValueError: (at the call) the two have another number of axes, or there are
+            several layers.
 
     Example:
         >>> bridge = match()
@@ -63,7 +66,11 @@ def match(*, always: bool = False, norm: bool = False) -> MakeBridge:
         Romero et al., *FitNets: hints for thin deep nets*, ICLR 2015, section 2.2.
     """
 
-    def make(student: tuple[int, ...], teacher: tuple[int, ...]) -> Model | None:
+    def make(student: tuple[Any, ...], teacher: tuple[Any, ...]) -> Model | None:
+        if any(isinstance(size, tuple) for size in student):
+            raise ValueError(
+                "bridge: match joins one layer to one; make a term of each pair"
+            )
         if len(student) != len(teacher):
             raise ValueError(
                 f"bridge: the student's features are {student}, the teacher's "

@@ -169,12 +169,12 @@ def objective(
         for name, term in now.items():
             here, there = sides(term, own, others)
             if term.bridge is not None:
-                model, _ = bridge_of(name, term, own, others)
+                model, mine = bridge_of(name, term, own, others)
                 if model is not None:
                     crossed, bridges[name] = _cross(
-                        name, model, params, bridges, here[0], key
+                        name, model, params, bridges, mine, key
                     )
-                    here = (crossed,)
+                    here = crossed if type(mine) is tuple else (crossed,)
             measured[name] = evaluate(
                 name,
                 term,
@@ -207,7 +207,7 @@ def _cross(
     model: Model,
     params: Params,
     states: Mapping[str, Any],
-    inputs: jax.Array,
+    inputs: Any,
     key: jax.Array,
 ) -> tuple[Any, ModelState]:
     """Student's features over a bridge, and the bridge's state."""

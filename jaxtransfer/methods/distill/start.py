@@ -87,7 +87,7 @@ def start(
             model, here = bridge_of(name, term, own, others)
             if model is None:
                 continue
-            zeros = jnp.zeros(here.shape, here.dtype)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), here)
             bridges[name] = jax.jit(model.init)(prng.stream(key, name), zeros)
         params["bridges"] = {name: made.params for name, made in bridges.items()}
         state["bridges"] = {name: made.model_state for name, made in bridges.items()}

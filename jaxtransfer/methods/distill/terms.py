@@ -17,9 +17,10 @@ Path = str | tuple[str, ...]
 """A tapped module, or several, which the loss gets one after the other; ``""`` is the
 network's output."""
 
-MakeBridge = Callable[[tuple[int, ...], tuple[int, ...]], Model | None]
+MakeBridge = Callable[[Any, Any], Model | None]
 """``(student's shape, teacher's shape) -> network between them``, None if none is
-needed; shapes with the axis of the batch."""
+needed; shapes with the axis of the batch. For several layers: tuples of shapes, and a
+network from as many arguments to as many outputs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

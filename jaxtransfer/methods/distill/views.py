@@ -145,13 +145,22 @@ def sides(
 def bridge_of(
     name: str, term: Term, own: Features, others: Mapping[str, Features]
 ) -> tuple[Model | None, Any]:
-    """A term's bridge, from the shapes of its two sides, and the student's side."""
-    if len(paths(term.student)) != 1 or len(paths(term.teacher)) != 1:
+    """A term's bridge, from the shapes of its two sides, and the student's side.
+
+    One layer to one, or several to as many: the bridge is then made from their shapes
+    in tuples, and the student's side is a tuple.
+    """
+    here, there = paths(term.student), paths(term.teacher)
+    if len(here) != len(there):
         raise ValueError(
-            f"term {name!r}: a bridge joins one layer to one layer, got "
-            f"{term.student!r} and {term.teacher!r}; make a term of each pair"
+            f"term {name!r}: a bridge joins as many layers of the student as of the "
+            f"teacher, got {term.student!r} and {term.teacher!r}"
         )
-    here = own[paths(term.student)[0]]
-    there = others[term.teachers[0]][paths(term.teacher)[0]]
+    mine = tuple(own[path] for path in here)
+    theirs = tuple(others[term.teachers[0]][path] for path in there)
     assert term.bridge is not None
-    return term.bridge(here.shape, there.shape), here
+    if len(here) == 1:
+        return term.bridge(mine[0].shape, theirs[0].shape), mine[0]
+    return term.bridge(
+        tuple(x.shape for x in mine), tuple(x.shape for x in theirs)
+    ), mine

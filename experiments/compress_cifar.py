@@ -1,0 +1,324 @@
+"""A small student of a real ResNet on CIFAR-10: distilled, pruned, in 8-bit integers.
+
+The same student, images, updates and seeds in each row: trained by labels alone or by a
+teacher, with all its weights or a part of them, in floating point or in integers. The
+teacher's outputs are computed once, for each image and its mirror image, and looked up.
+Last epoch; the complete test set. Rows in integers are scored with their weights in
+integers. One table and one figure show what each network costs on this device; the
+smallest student is exported.
+
+Needs the extras `experiments` and `compress`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import distill_cifar
+from experiments.common import (
+    Row,
+    StudyConfig,
+    command_line,
+    interval,
+    progress,
+    show,
+    start_run,
+)
+from experiments.distill_cifar import Images, accuracy, look, read, read_teacher, sample
+from jaxtransfer import compress, nets, parallel, prng
+from jaxtransfer.methods import distill
+from jaxtransfer.model import from_linen
+from jaxtransfer.train import init_state, train_step
+from jaxtransfer.typing import Model, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(StudyConfig):
+    """Options of the study."""
+
+    weights: str = "cifar10_resnet20.safetensors"
+    """The teacher's file, under weights/ of a folder of --data-dir, or a path; "random"
+    (an untrained one) is for trying out."""
+    teacher_depth: int = 20
+    """Depth of the teacher, 6n + 2."""
+    student_depth: int = 8
+    """Depth of the student, 6n + 2."""
+    filters: int = 16
+    """Filters of the first stage of both."""
+    per_class: int = 1500
+    """Training images of a class, the same for all seeds."""
+    rows: tuple[str, ...] = ()
+    """Rows of the table; all if there are none."""
+    updates: int = 400
+    """Updates of a student."""
+    batch_size: int = 64
+    """Images of an update."""
+    learning_rate: float = 0.05
+    """Of SGD with momentum 0.9; falls to 0 along a cosine."""
+    weight_decay: float = 5e-4
+    """Of all the student's weights."""
+    kd_temperature: float = 4.0
+    """Of distillation."""
+    kd_weight: float = 0.9
+    """Of the teacher; the labels have the rest."""
+    sparsity: float = 0.8
+    """Share of each kernel's weights that pruning sets to zero."""
+    prune_every: int = 10
+    """Updates between new masks; the share rises from a tenth of the updates to six."""
+    latency_batch: int = 1
+    """Images of the pass whose time is taken."""
+    test_images: int = 10_000
+    """Images to score with, the first ones."""
+
+
+PRESETS = {
+    "smoke": Config(
+        weights="random",
+        teacher_depth=14,
+        filters=4,
+        per_class=2,
+        updates=10,
+        batch_size=8,
+        prune_every=2,
+        test_images=20,
+        seeds=2,
+    ),
+    "cpu": Config(),
+    "paper": Config(
+        weights="cifar10_resnet56.safetensors",
+        teacher_depth=56,
+        updates=56_000,
+        prune_every=100,
+        latency_batch=64,
+        seeds=5,
+    ),
+}
+
+
+class Recipe(NamedTuple):
+    """How a row is trained, and what its honest comparison is."""
+
+    distilled: bool = False
+    pruned: bool = False
+    integers: bool = False
+    baseline: str | None = None
+
+
+CE, KD, INT8, KD_INT8 = "labels alone", "KD", "int8", "KD, int8"
+RECIPES = {
+    CE: Recipe(),
+    KD: Recipe(distilled=True, baseline=CE),
+    "KD, pruned": Recipe(distilled=True, pruned=True, baseline=KD),
+    INT8: Recipe(integers=True, baseline=CE),
+    KD_INT8: Recipe(distilled=True, integers=True, baseline=INT8),
+    "KD, pruned, int8": Recipe(True, True, True, baseline=KD_INT8),
+}
+
+
+class Lesson(NamedTuple):
+    """What students are trained on."""
+
+    images: Images
+    taught: Mapping[str, jax.Array]
+
+
+class Student(NamedTuple):
+    """A row, compiled once for all seeds.
+
+    Attributes:
+        start: ``(key, inputs) -> training state``.
+        update: ``(state, lesson) -> (state, metrics)``.
+        model: what is used after training.
+        finish: ``training state -> variables`` of ``model``.
+        outputs: ``(variables, inputs) -> logits`` of ``model``.
+    """
+
+    start: Callable[[jax.Array, jax.Array], Any]
+    update: Callable[[Any, Lesson], Any]
+    model: Model
+    finish: Callable[[Any], Variables]
+    outputs: Callable[[Variables, jax.Array], jax.Array]
+
+
+def reading(config: Config) -> distill_cifar.Config:
+    """The options of the study of distillation that reads data and teacher."""
+    return distill_cifar.Config(
+        data_dir=config.data_dir,
+        weights=config.weights,
+        filters=config.filters,
+        per_class=(config.per_class,),
+        batch_size=config.batch_size,
+    )
+
+
+def sparsity_schedule(config: Config) -> Callable[[Any], Any]:
+    """From a tenth of the updates to six tenths, ending where masks are made anew."""
+    every = config.prune_every
+    end = max(6 * config.updates // 10 // every, 1) * every
+    return compress.cubic_sparsity(config.sparsity, begin=end // 6, end=end)
+
+
+def make_student(config: Config, recipe: Recipe, teacher: Model) -> Student:
+    """Network, objective and optimizer of a row."""
+    net = nets.ResNet(10, depth=config.student_depth, filters=config.filters)
+    model = served = from_linen(net)
+    convert: Callable[[Variables], Variables] = lambda variables: variables  # noqa: E731
+    if recipe.integers:
+        image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+        model, served, convert, _ = compress.quantized(net, image)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.updates)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(schedule, momentum=0.9),
+    )
+    if recipe.pruned:
+        optimizer = compress.pruned(
+            optimizer,
+            sparsity_schedule(config),
+            rules="student/(.*/)?kernel",
+            every=config.prune_every,
+        )
+    objective = distill.objective(
+        model,
+        teacher,
+        temperature=config.kd_temperature,
+        alpha=config.kd_weight if recipe.distilled else 0.0,
+    )
+    step = train_step(objective, optimizer)
+    init = jax.jit(from_linen(net).init)  # of one form for all rows: the same weights
+
+    def start(key: jax.Array, inputs: jax.Array) -> Any:
+        begun = distill.init(init(prng.stream(key, "init"), inputs))
+        return init_state(prng.stream(key, "run"), begun, optimizer)
+
+    def update(state: Any, lesson: Lesson) -> Any:
+        return step(state, sample(reading(config), state, *lesson))
+
+    @jax.jit
+    def finish(state: Any) -> Variables:
+        return convert(distill.of_student(state.params, state.model_state))
+
+    @jax.jit
+    def outputs(variables: Variables, inputs: jax.Array) -> jax.Array:
+        return served.apply(variables, inputs)[0]
+
+    return Student(start, parallel.jit_step(update), served, finish, outputs)
+
+
+def train(
+    config: Config, row: str, student: Student, key: jax.Array, lesson: Lesson
+) -> Variables:
+    """All updates of a student, and what is used of it.
+
+    Raises:
+        FloatingPointError: the loss is not finite at the end.
+    """
+    state, measured = student.start(key, lesson.images.inputs[:2]), {}
+    for _ in range(config.updates):
+        state, measured = student.update(state, lesson)
+    if not np.isfinite(float(measured["loss"].total)):
+        raise FloatingPointError(
+            f"{row}: the loss is not finite after {config.updates} updates; take a "
+            "smaller --learning-rate"
+        )
+    return student.finish(state)
+
+
+def write_report(folder: Path, measured: list[compress.Measured]) -> None:
+    """The table, printed too, and the figure."""
+    text = compress.table(measured)
+    print(text)
+    (folder / "report.md").write_text(text + "\n")
+    compress.figure(measured, folder / "report.png")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the study.
+
+    Returns:
+        ``{"rows": ..., "measured": what each network costs, the teacher first,
+        "exported": the files of the last student, "folder": where they are}``.
+
+    Raises:
+        ValueError: an unknown row, a share outside of 0 to 1, or no updates.
+        FileNotFoundError: there is no file of the teacher.
+    """
+    if unknown := sorted(set(config.rows) - set(RECIPES)):
+        raise ValueError(f"rows: no {unknown[0]!r}; choose among {list(RECIPES)}")
+    for name in ("sparsity", "kd_weight"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}: 0 to 1, got {getattr(config, name)}")
+    if config.updates < 1:
+        raise ValueError(f"updates: at least one, got {config.updates}")
+    source = reading(config)
+    teacher = distill_cifar.resnet(source, config.teacher_depth)
+    teacher_variables = read_teacher(source, teacher)
+    folder = start_run("compress_cifar", config)
+    started = time.perf_counter()
+    everything, test = read(source, "train"), read(source, "test")
+    test = Images(*(part[: config.test_images] for part in test))
+    names = [row for row in RECIPES if not config.rows or row in config.rows]
+    students = {row: make_student(config, RECIPES[row], teacher) for row in names}
+    root = jax.random.key(config.seed)
+    found: dict[str, list[float]] = {row: [] for row in names}
+    shown: dict[str, Variables] = {}
+    some = test.inputs[: config.latency_batch]
+    with progress() as display:
+        bar = display.add_task("teacher", total=1 + config.seeds * len(names))
+        measured = [
+            compress.measure(
+                "teacher",
+                teacher,
+                teacher_variables,
+                some,
+                score=lambda run: accuracy(run, test),
+            )
+        ]
+        display.console.print(f"teacher: {measured[0].score:.2f} %")
+        chosen = distill_cifar.subset(everything.labels, config.per_class, config.seed)
+        images = Images(everything.inputs[chosen], everything.labels[chosen])
+        lesson = Lesson(images, look(teacher, teacher_variables, images.inputs, ()))
+        display.advance(bar)
+        for seed in range(config.seeds):
+            key = prng.stream(root, f"seed {seed}")
+            for row in names:
+                display.update(bar, description=row)
+                student = students[row]
+                variables = train(config, row, student, key, lesson)
+                value = accuracy(
+                    lambda x, own=student, v=variables: own.outputs(v, x), test
+                )
+                found[row].append(value)
+                shown.setdefault(row, variables)
+                display.console.print(f"seed {seed}, {row}: {value:.2f} %")
+                display.advance(bar)
+    for row in names:
+        score, _ = interval(found[row])
+        model = students[row].model
+        measured.append(compress.measure(row, model, shown[row], some, score=score))
+    last = names[-1]
+    exported = compress.export_student(
+        folder / "student", students[last].model, shown[last], some
+    )
+    write_report(folder, measured)
+    title = (
+        f"CIFAR-10: ResNet-{config.teacher_depth} ({measured[0].score:.2f} %) to "
+        f"ResNet-{config.student_depth}"
+    )
+    task = f"{len(images.labels)} images"
+    rows = [
+        Row(task, row, values, RECIPES[row].baseline) for row, values in found.items()
+    ]
+    show(title, rows, folder, started=started)
+    return {"rows": rows, "measured": measured, "exported": exported, "folder": folder}
+
+
+if __name__ == "__main__":
+    command_line(main, PRESETS)

@@ -1,0 +1,287 @@
+"""Weights and activations in 8-bit integers, in training and after it, by qwix."""
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxtransfer import model as models
+from jaxtransfer import tree
+from jaxtransfer.typing import Inputs, Model, Params, Variables
+
+# The largest magnitude is 127. Qwix puts it at 127.5, where the rounding of a negative
+# one depends on the last bit, so that integers made twice would differ.
+_LARGEST = f"absmax,{127.5 / 127}"
+_ABSENT = (
+    "compress.quantized needs the package qwix; run: python -m pip install "
+    "'jaxtransfer[compress]'"
+)
+
+
+class Quantized(NamedTuple):
+    """A network in 8-bit integers.
+
+    Attributes:
+        model: to train. Its variables are those of the plain network, in floating
+            point; each product takes weights and inputs rounded to 8 bits, and the
+            gradient passes the rounding as if it were not there.
+        integer: to use: its weights are 8-bit integers. It is not trained.
+        convert: variables of ``model`` → variables of ``integer``.
+        paths: what is in 8 bits, ``"conv1/kernel"``; all else is as it was.
+    """
+
+    model: Model
+    integer: Model
+    convert: Callable[[Variables], Variables]
+    paths: tuple[str, ...]
+
+
+def quantized(
+    module: nn.Module | Callable[[nnx.Rngs], nnx.Module],
+    inputs: Inputs,
+    *,
+    rules: tree.Rules = ".*",
+    key_streams: tuple[str, ...] = ("dropout",),
+) -> Quantized:
+    r"""A network whose products with weights are those of 8-bit integers.
+
+    .. math:: \hat x = \Delta\,\mathrm{round}(x / \Delta), \qquad
+              \Delta = \max |x| / 127
+
+    with one :math:`\Delta` for each output channel of a weight and one for each
+    example of the inputs, measured anew in every pass: nothing is calibrated, and an
+    example's output does not depend on the others of its batch. The integers are
+    multiplied and summed exactly, in training too. Sums of what is not a weight,
+    normalisation and biases stay in floating point. Zero stays zero, so pruning
+    (:func:`~jaxtransfer.compress.pruned`) goes with it. Loops inside of the network
+    (``jax.lax.scan``) are unrolled.
+
+    ``quantized(...).model`` is a student like any other, for
+    :func:`jaxtransfer.methods.distill.objective`: same parameters, state and taps.
+
+    Args:
+        module: Linen module, or for NNX ``nnx.Rngs -> nnx.Module``, as for
+            :func:`~jaxtransfer.model.from_linen` and
+            :func:`~jaxtransfer.model.from_nnx`.
+        inputs: example of its inputs, arrays or ``jax.ShapeDtypeStruct``; only shapes
+            and types are used.
+        rules: modules whose weights are quantized, by path (``"layer1.*"``, all by
+            default); see :func:`jaxtransfer.tree.match`.
+        key_streams: as for :func:`~jaxtransfer.model.from_linen`.
+
+    Returns:
+        The two networks, and how variables go from one to the other.
+
+    Raises:
+        ImportError: qwix is not there.
+        ValueError: a rule matches no module that has parameters, no weight would be
+            quantized, or a layer multiplies its weights in another shape than it holds
+            them (:func:`~jaxtransfer.nets.PatchConv`), which can't be done; (at a call)
+            ``integer`` is to be trained.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxtransfer import nets
+        >>> x = jax.random.normal(jax.random.key(0), (4, 6))
+        >>> student = quantized(nets.MLP(3, widths=(8,)), x)
+        >>> variables = student.model.init(jax.random.key(1), x)
+        >>> served = student.convert(variables)
+        >>> served.params["head"]["kernel"]["array"]["qvalue"].dtype
+        dtype('int8')
+        >>> trained = student.model.apply(variables, x)[0]
+        >>> bool(jnp.allclose(student.integer.apply(served, x)[0], trained))
+        True
+
+    References:
+        Jacob et al., *Quantization and training of neural networks for efficient
+        integer-arithmetic-only inference*, CVPR 2018; straight-through gradient: Bengio
+        et al., 2013. Deviation: activations have ranges of their own for each example,
+        not running ones, and normalisation is not folded into the weights.
+    """
+    try:
+        import qwix
+    except ImportError as error:
+        raise ImportError(_ABSENT) from error
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    linen = isinstance(module, nn.Module)
+    plain = (
+        models.from_linen(module, key_streams=key_streams)
+        if linen
+        else models.from_nnx(module)
+    )
+    abstract = jax.eval_shape(lambda: plain.init(jax.random.key(0), _zeros(example)))
+    leaves = tree.flatten(abstract.params)
+    modules = sorted({path.rpartition("/")[0] for path in leaves})
+    chosen = tree.match(rules, modules)
+    names = chosen if linen else _paths_in_qwix(module, chosen)
+    rule = qwix.QuantizationRule(
+        module_path="|".join(sorted(map(re.escape, names))),
+        weight_qtype=jnp.int8,
+        act_qtype=jnp.int8,
+        weight_calibration_method=_LARGEST,
+        act_calibration_method=_LARGEST,
+    )
+
+    if linen:
+        wrap = functools.partial(models.from_linen, key_streams=key_streams)
+        trained = wrap(_patched(module, qwix.QtProvider, rule))
+        served = wrap(_patched(module, qwix.PtqProvider, rule))
+    else:
+        arguments = models._arguments(example)
+        later = {"skip_nnx_init": True}  # nothing to convert: the weights stay floats
+        trained = _built(module, qwix.QtProvider, rule, arguments, later)
+        served = _built(module, qwix.PtqProvider, rule, arguments, {})
+    boxes = _boxes(served, example)
+    if not boxes:
+        raise ValueError(
+            f"rules: {rules!r} matches no module that multiplies by its weights; "
+            f"modules are {sorted(chosen)}"
+        )
+    for path in leaves:
+        module_path, _, name = path.rpartition("/")
+        if name == "kernel" and module_path in chosen and path not in boxes:
+            raise _other_shape(boxes, f"{path!r} is one.")
+    shapes = {path: _named(box)["array"] for path, box in boxes.items()}
+
+    def convert(variables: Variables) -> Variables:
+        found = dict(tree.flatten(variables.params))
+        for path, shape in shapes.items():
+            weight = jnp.reshape(found.pop(path), shape["qvalue"].shape)
+            axes = _alike(shape["scale"].shape, weight.shape)
+            held = qwix.quantize(
+                weight, jnp.int8, channelwise_axes=axes, calibration_method=_LARGEST
+            )
+            found[f"{path}/array/qvalue"] = held.qvalue
+            found[f"{path}/array/scale"] = held.scale
+        return variables._replace(params=tree.unflatten(found))
+
+    def init(key: jax.Array, inputs: Inputs) -> Variables:
+        return convert(plain.init(key, inputs))
+
+    def apply(variables: Variables, inputs: Inputs, **options: Any) -> Any:
+        if options.get("train"):
+            raise ValueError(
+                "train: a network of integers is not trained; train Quantized.model, "
+                "then convert its variables"
+            )
+        params = _boxed(variables.params, boxes) if linen else variables.params
+        output, features, _ = served.apply(
+            variables._replace(params=params), inputs, **options
+        )
+        return output, features, variables.model_state
+
+    result = Quantized(
+        Model(plain.init, trained.apply), Model(init, apply), convert, tuple(boxes)
+    )
+    _try(result, abstract, example)
+    return result
+
+
+def _patched(
+    module: Any, provider: Any, rule: Any, *inputs: Any, **options: Any
+) -> Any:
+    """The module as qwix changes it.
+
+    Without `disable_jit` JAX keeps a jitted function of jax.numpy as it was traced
+    first: quantized for networks that are not, or the other way round.
+    """
+    import qwix
+
+    made = provider([rule], disable_jit=True)
+    return qwix.quantize_model(module, made, *inputs, **options)
+
+
+def _built(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    provider: Any,
+    rule: Any,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Model:
+    def changed(rngs: nnx.Rngs) -> nnx.Module:
+        module = build(rngs)
+        mode = models._mode(type(module).__call__, False)
+        return _patched(module, provider, rule, *_zeros(arguments), **mode, **options)
+
+    return models.from_nnx(changed)
+
+
+def _zeros(example: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example)
+
+
+def _paths_in_qwix(build: Any, chosen: set[str]) -> set[str]:
+    """How qwix names the NNX modules of our paths: items of a list are levels."""
+    skeleton = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    return {
+        "/".join(map(str, path))
+        for path, _ in nnx.iter_modules(skeleton)
+        if models._name(path) in chosen
+    }
+
+
+_PARTS = ("qvalue", "scale")
+
+
+def _boxes(served: Model, example: Any) -> dict[str, Any]:
+    """What is in integers, by path, as shapes in the structure that qwix wants."""
+    held = jax.eval_shape(lambda: served.init(jax.random.key(0), _zeros(example)))
+    leaves = tree.flatten(held.params)
+    boxes = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if not isinstance(leaf, jax.ShapeDtypeStruct)
+    }
+    inside = "/array/qvalue"  # NNX: as the arrays of a nested dict
+    for path in [path.removesuffix(inside) for path in leaves if path.endswith(inside)]:
+        boxes[path] = {
+            "array": {name: leaves[f"{path}/array/{name}"] for name in _PARTS}
+        }
+    return boxes
+
+
+def _named(box: Any) -> dict[str, Any]:
+    """The arrays of a weight in integers as a nested dict."""
+    qvalue, scale = jax.tree.leaves(box)
+    return {"array": {"qvalue": qvalue, "scale": scale}}
+
+
+def _boxed(params: Params, boxes: dict[str, Any]) -> dict[str, Any]:
+    """Nested dict of arrays → the same with the structures that qwix wants."""
+    found = dict(tree.flatten(params))
+    for path, box in boxes.items():
+        arrays = [found.pop(f"{path}/array/{name}") for name in _PARTS]
+        found[path] = jax.tree.unflatten(jax.tree.structure(box), arrays)
+    return tree.unflatten(found)
+
+
+def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> list[int]:
+    return [axis for axis, size in enumerate(first) if size == second[axis]]
+
+
+def _try(made: Quantized, variables: Variables, example: Any) -> None:
+    """Trace the network of integers once: some layers can't be."""
+
+    def run(variables: Variables, inputs: Any) -> Any:
+        return made.integer.apply(made.convert(variables), inputs)[0]
+
+    try:
+        jax.eval_shape(run, variables, example)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _other_shape(made.paths, str(error)) from error
+
+
+def _other_shape(paths: Iterable[str], detail: str) -> ValueError:
+    return ValueError(
+        "module: a layer multiplies its weights in another shape than it holds them, "
+        "which can't be done with integers; use flax's Conv and Dense, or name the "
+        f"other modules in rules=. {detail} Found were {sorted(paths)}"
+    )
+
+
+__all__ = ["Quantized", "quantized"]

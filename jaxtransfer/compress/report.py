@@ -1,0 +1,249 @@
+"""What networks cost and how good they are: one table, one figure."""
+
+import dataclasses
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxtransfer import tree
+from jaxtransfer.typing import Inputs, Model, Output, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One network, measured.
+
+    Attributes:
+        name: what it is called.
+        parameters: numbers in ``params``; scales of an integer network among them.
+        nonzero: those that are not zero.
+        flops: operations of one forward pass of one example, as XLA counts them in the
+            program before it is optimised, the same on every device. Operations of
+            integers count alike, and zeros are not left out.
+        bytes: of ``params`` and ``model_state`` as they are, in their types.
+        packed_bytes: the same with zeros left out: an array takes a bit for each number
+            and the numbers that are not zero, or all of them where that is less.
+        milliseconds: of a forward pass of the batch given, the median.
+        score: accuracy or what was asked for, None if nothing was.
+    """
+
+    name: str
+    parameters: int
+    nonzero: int
+    flops: float
+    bytes: int
+    packed_bytes: int
+    milliseconds: float
+    score: float | None = None
+
+
+def measure(
+    name: str,
+    model: Model,
+    variables: Variables,
+    inputs: Inputs,
+    *,
+    score: float | Callable[[Callable[[Inputs], Output]], float] | None = None,
+    repeats: int = 30,
+    warmup: int = 3,
+) -> Measured:
+    """Measure a network on this device, in evaluation mode.
+
+    Args:
+        name: what it is called.
+        model: the network; :attr:`~jaxtransfer.compress.Quantized.integer` for one of
+            integers.
+        variables: its variables.
+        inputs: a batch, of the size whose latency is wanted.
+        score: how good it is, or a function that finds out from the compiled network,
+            ``(inputs -> outputs) -> number``.
+        repeats: timed passes.
+        warmup: passes before them.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: fewer than one pass is timed.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from jaxtransfer.model import from_linen
+        >>> net, x = from_linen(nn.Dense(4, use_bias=False)), jnp.ones((8, 5))
+        >>> found = measure("dense", net, net.init(jax.random.key(0), x), x, score=0.5)
+        >>> found.parameters, found.flops, found.bytes
+        (20, 40.0, 80)
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats: got {repeats}; at least one pass is timed")
+
+    @jax.jit
+    def run(variables: Variables, inputs: Inputs) -> Output:
+        return model.apply(variables, inputs)[0]
+
+    variables = jax.tree.map(jax.numpy.asarray, variables)
+    one = jax.tree.map(lambda x: x[:1], inputs)
+    counted: Any = run.lower(variables, one).cost_analysis()
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
+    params = [np.asarray(leaf) for leaf in jax.tree.leaves(variables.params)]
+    inputs = jax.tree.map(jax.numpy.asarray, inputs)
+    times = []
+    for _ in range(warmup + repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(run(variables, inputs))
+        times.append(time.perf_counter() - started)
+    return Measured(
+        name=name,
+        parameters=tree.size(params),
+        nonzero=sum(int(np.count_nonzero(array)) for array in params),
+        flops=float(counted.get("flops", 0.0)),
+        bytes=sum(array.nbytes for array in arrays),
+        packed_bytes=sum(map(_packed, arrays)),
+        milliseconds=1e3 * statistics.median(times[warmup:]),
+        score=score(lambda x: run(variables, x)) if callable(score) else score,
+    )
+
+
+def _packed(array: np.ndarray) -> int:
+    marks = -(-array.size // 8)
+    return min(array.nbytes, marks + int(np.count_nonzero(array)) * array.itemsize)
+
+
+def table(rows: Sequence[Measured], *, score: str = "accuracy %") -> str:
+    """Networks side by side, in Markdown.
+
+    Args:
+        rows: one line each, the first the one to compare with (the teacher).
+        score: name of the score.
+
+    Returns:
+        The table. ``packed`` and ``smaller`` are the bytes with zeros left out, and how
+        many times those of the first are more.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> large = Measured("teacher", 2000, 2000, 4e6, 8192, 8192, 3.0, 91.7)
+        >>> small = Measured("student", 500, 250, 1e6, 2048, 1024, 1.0, 90.0)
+        >>> print(table([large, small]))
+        | network | parameters | nonzero | MFLOPs | KiB | packed | smaller |   ms | accuracy % |
+        | ------- | ---------: | ------: | -----: | --: | -----: | ------: | ---: | ---------: |
+        | teacher |      2,000 |   2,000 |   4.00 | 8.0 |    8.0 |    1.0x | 3.00 |      91.70 |
+        | student |        500 |     250 |   1.00 | 2.0 |    1.0 |    8.0x | 1.00 |      90.00 |
+    """  # noqa: E501
+    if not rows:
+        raise ValueError("rows: there is nothing to show")
+    scored = any(row.score is not None for row in rows)
+    heads = ["network", "parameters", "nonzero", "MFLOPs", "KiB", "packed", "smaller"]
+    lines = [[*heads, "ms", *([score] if scored else [])]]
+    for row in rows:
+        lines.append(
+            [
+                row.name,
+                f"{row.parameters:,}",
+                f"{row.nonzero:,}",
+                f"{row.flops / 1e6:.2f}",
+                f"{row.bytes / 1024:.1f}",
+                f"{row.packed_bytes / 1024:.1f}",
+                f"{rows[0].packed_bytes / max(row.packed_bytes, 1):.1f}x",
+                f"{row.milliseconds:.2f}",
+            ]
+        )
+        if scored:
+            lines[-1].append("" if row.score is None else f"{row.score:.2f}")
+    wide = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    dashes = ["-" * wide[0], *("-" * (width - 1) + ":" for width in wide[1:])]
+    lines.insert(1, dashes)
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, wide, strict=True))
+        )
+        + " |"
+        for line in lines
+    )
+
+
+Cost = Literal["packed_bytes", "bytes", "flops", "milliseconds", "parameters"]
+_AXES: dict[str, tuple[str, float]] = {
+    "packed_bytes": ("KiB, zeros left out", 1024),
+    "bytes": ("KiB", 1024),
+    "flops": ("MFLOPs of an example", 1e6),
+    "milliseconds": ("ms of a batch", 1),
+    "parameters": ("parameters", 1),
+}
+
+
+def figure(
+    rows: Sequence[Measured],
+    path: str | os.PathLike[str],
+    *,
+    against: Cost = "packed_bytes",
+    score: str = "accuracy %",
+) -> None:
+    """Draw score against cost, a point for each network.
+
+    Args:
+        rows: networks that have a score.
+        path: file to write; its ending says which kind.
+        against: what is on the other axis, logarithmic.
+        score: name of the score.
+
+    Raises:
+        ImportError: matplotlib is not there.
+        ValueError: an unknown cost, or a network has no score.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> point = Measured("student", 500, 250, 1e6, 2048, 1024, 1.0, 90.0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "report.png")
+        ...     figure([point], file)
+        ...     file.stat().st_size > 0
+        True
+    """
+    if against not in _AXES:
+        raise ValueError(f"against: got {against!r}; choose among {sorted(_AXES)}")
+    without = [row.name for row in rows if row.score is None]
+    if without or not rows:
+        raise ValueError(f"rows: no score of {without}; measure(..., score=) gives it")
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    except ImportError as error:
+        raise ImportError(
+            "compress.figure needs the package matplotlib; run: python -m pip install "
+            "'jaxtransfer[experiments]'"
+        ) from error
+    label, unit = _AXES[against]
+    canvas = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = canvas.subplots()
+    for number, row in enumerate(rows):
+        axes.plot(
+            getattr(row, against) / unit,
+            row.score or 0.0,
+            "o",
+            ms=8,
+            color=f"C{number % 10}",
+            label=row.name,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel=label, ylabel=score)
+    axes.grid(color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    canvas.legend(loc="outside right upper", frameon=False, fontsize=8)
+    canvas.savefig(path, dpi=120)
+
+
+__all__ = ["Cost", "Measured", "figure", "measure", "table"]

@@ -1,0 +1,210 @@
+"""What a cached teacher says, looked up in training: on the host or on the device."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Int
+
+from jaxtransfer.methods.distill.augmentation import Augmentation, Variant
+from jaxtransfer.train.record import position_of, set_position
+from jaxtransfer.typing import AnyArray
+
+TOP_K = ("top_k/log_probabilities", "top_k/classes")
+"""Paths of a teacher's likeliest classes, for the ``teacher`` of a
+:class:`~jaxtransfer.methods.distill.Term`."""
+
+
+class TeacherCache:
+    """What a teacher says of every example, in arrays mapped from the disk.
+
+    Made by :func:`~jaxtransfer.methods.distill.cache_teacher` or
+    :func:`~jaxtransfer.methods.distill.open_cache`.
+
+    Attributes:
+        folder: where it lies.
+        arrays: ``[variants, examples, ...]`` by path, read only; ``""`` is the output.
+        augmentation: that of the inputs it was computed from.
+        batch_size: how many examples the teacher saw at once.
+        temperature: with which the likeliest classes were softened; None without them.
+        fingerprint: of the teacher's variables.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        arrays: Mapping[str, np.ndarray],
+        augmentation: Augmentation,
+        manifest: Mapping[str, Any],
+    ):
+        self.folder, self.arrays, self.augmentation = folder, arrays, augmentation
+        self.batch_size: int = manifest["content"]["batch_size"]
+        self.temperature: float | None = manifest["content"]["temperature"]
+        self.fingerprint: str = manifest["teacher"]
+        self.variants: int = manifest["augmentation"]["variants"]
+        self.examples: int = manifest["examples"]["number"]
+
+    def __repr__(self) -> str:
+        return (
+            f"TeacherCache({str(self.folder)!r}: {self.examples} examples, "
+            f"{self.variants} variants, {sorted(self.arrays)})"
+        )
+
+    def lookup(
+        self, indices: Int[AnyArray, " batch"], variant: Variant = 0
+    ) -> dict[str, np.ndarray]:
+        """What the teacher says of some examples.
+
+        Args:
+            indices: their places in the data set.
+            variant: one for all or one an example.
+
+        Returns:
+            ``[batch, ...]`` by path, floats as float32: ``batch["teacher"]`` of
+            :func:`~jaxtransfer.methods.distill.objective`.
+
+        Raises:
+            ValueError: an index or a variant is out of range.
+        """
+        indices, variant = np.asarray(indices), np.asarray(variant)
+        for name, values, size in (
+            ("indices", indices, self.examples),
+            ("variant", variant, self.variants),
+        ):
+            wrong = (values < 0) | (values >= size)
+            if np.any(wrong):
+                raise ValueError(
+                    f"{name}: got {np.ravel(values)[np.ravel(wrong)][:5].tolist()}, "
+                    f"but the cache has 0 … {size - 1}; indices are places in the data "
+                    "set that was cached"
+                )
+        found = {path: array[variant, indices] for path, array in self.arrays.items()}
+        return {path: _widened(np.asarray(rows)) for path, rows in found.items()}
+
+    def on_device(self) -> "DeviceCache":
+        """All of it on the device, to be looked up inside a compiled step.
+
+        Give it to the step as an argument, not by closing over it: for example as
+        ``frozen={"cache": cache.on_device()}`` of the training state, whose checkpoints
+        then refuse another cache.
+        """
+        return DeviceCache({path: jnp.asarray(x) for path, x in self.arrays.items()})
+
+    def batches(
+        self, data: Iterable[Any], *, examples: int | None = None
+    ) -> "TaughtBatches":
+        """Add to batches what the teacher says of them, and augment their inputs.
+
+        Example number *n* of the stream is of epoch ``n // examples``, which says its
+        variant; the position is saved with that of ``data``.
+
+        Args:
+            data: batches with ``"inputs"`` and ``"index"``, the examples' places in the
+                data set, as of :func:`~jaxtransfer.data.batches` of arrays with a
+                column ``"index": np.arange(n)``.
+            examples: of one epoch of ``data``, those of the cache by default; those of
+                this process if ``data`` is a shard.
+
+        Returns:
+            An iterator over the batches with ``"teacher"`` and ``"variant"``
+            ``[batch]``, for :func:`~jaxtransfer.train.fit`.
+        """
+        return TaughtBatches(
+            self, data, self.examples if examples is None else examples
+        )
+
+
+def _widened(rows: Any) -> Any:
+    """Half precision as single, any index as int32: what losses take."""
+    if jnp.issubdtype(rows.dtype, jnp.unsignedinteger):
+        return rows.astype(np.int32)
+    return rows.astype(np.float32) if rows.dtype == np.float16 else rows
+
+
+class DeviceCache(struct.PyTreeNode):
+    """A teacher cache on the device: a pytree, to be given to a compiled function.
+
+    Attributes:
+        arrays: ``[variants, examples, ...]`` by path.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> cache = DeviceCache({"": jnp.arange(12.0).reshape(2, 3, 2)})
+        >>> look = jax.jit(lambda cache, indices: cache.lookup(indices, 1))
+        >>> look(cache, jnp.array([2, 0]))[""].tolist()
+        [[10.0, 11.0], [6.0, 7.0]]
+    """
+
+    arrays: Any
+
+    def lookup(
+        self, indices: Int[AnyArray, " batch"], variant: Variant = 0
+    ) -> dict[str, jax.Array]:
+        """As :meth:`TeacherCache.lookup`; traceable.
+
+        An index or a variant out of range, which can't be seen here, gives
+        not-a-number; -1 where integers are kept.
+        """
+        indices = jnp.asarray(indices)
+        variant = jnp.broadcast_to(jnp.asarray(variant), indices.shape)
+
+        def rows(array: jax.Array) -> jax.Array:
+            variants, examples, *shape = array.shape
+            known = (indices >= 0) & (indices < examples)
+            known &= (variant >= 0) & (variant < variants)
+            found = _widened(array[variant, indices])
+            nothing = np.nan if jnp.issubdtype(found.dtype, jnp.inexact) else -1
+            return jnp.where(known.reshape(-1, *[1] * len(shape)), found, nothing)
+
+        return {path: rows(array) for path, array in self.arrays.items()}
+
+
+class TaughtBatches(Iterator[Any]):
+    """Batches with what a cached teacher says; see :meth:`TeacherCache.batches`."""
+
+    def __init__(self, cache: TeacherCache, data: Iterable[Any], examples: int):
+        self._cache, self._data, self._examples = cache, iter(data), examples
+        self._seen = 0
+        self._augment = jax.jit(cache.augmentation.__call__)
+
+    def __next__(self) -> dict[str, Any]:
+        batch = next(self._data)
+        if "index" not in batch:
+            raise ValueError(
+                f"the batch has {sorted(batch)}, but no 'index' to look up; add a "
+                "column 'index': np.arange(n) to the arrays of the data set"
+            )
+        indices = np.asarray(batch["index"])
+        epochs = (self._seen + np.arange(len(indices))) // self._examples
+        variant = self._cache.augmentation.variant(epochs).astype(np.int32)
+        taught = self._cache.lookup(indices, variant)
+        inputs = batch["inputs"]
+        if self._cache.augmentation.augment is not None:
+            inputs = self._augment(inputs, indices, variant)
+        self._seen += len(indices)
+        return {**batch, "inputs": inputs, "variant": variant, "teacher": taught}
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, for a checkpoint."""
+        return {"seen": self._seen, "data": position_of(self._data)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go to a position that :meth:`get_state` returned.
+
+        Raises:
+            ValueError: the data can't be set to a position.
+        """
+        if state["data"] is None or not hasattr(self._data, "set_state"):
+            raise ValueError(
+                "data: these batches have no get_state and set_state, so a run can't "
+                "go on in their middle; take those of jaxtransfer.data.batches"
+            )
+        set_position(self._data, state["data"])
+        self._seen = state["seen"]
+
+
+__all__ = ["TOP_K", "DeviceCache", "TaughtBatches", "TeacherCache"]

@@ -1,0 +1,319 @@
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxtransfer import compress, nets, tree
+from jaxtransfer.methods import distill
+from jaxtransfer.model import from_linen
+from jaxtransfer.train import init_state, train_step
+from jaxtransfer.typing import Variables
+from tests.digits import accuracy, batches, digits, few, learn
+from tests.twins import KINDS, LinenNet, NNXNet, jitted, network, same
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (6, 6))
+IMAGES = jax.random.normal(KEY, (4, 8, 8, 3))
+RESNET = nets.ResNet(5, depth=8, filters=4)
+
+
+def int8(kind, **options):
+    """A small network, twice: in floating point and quantized."""
+    shape = {"outputs": 3, "widths": (8, 5), "normalized": True, "rate": 0.5}
+    if kind == "linen":
+        module = LinenNet(**shape)
+    else:
+
+        def module(rngs):
+            return NNXNet(6, rngs=rngs, **shape)
+
+    return network(kind, **shape), compress.quantized(module, X, **options)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request):
+    return int8(request.param)
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    made = compress.quantized(RESNET, IMAGES)
+    return made._replace(
+        model=jitted(made.model),
+        integer=jitted(made.integer),
+        convert=jax.jit(made.convert),
+    )
+
+
+def rounded(array, axis):
+    """Integers and their scale, the largest magnitude at 127."""
+    scale = np.abs(array).max(axis, keepdims=True) / np.float32(127)
+    return np.round(array / scale), scale
+
+
+def test_a_dense_layer_is_a_product_of_integers():
+    made = compress.quantized(nn.Dense(4), X)
+    variables = made.model.init(KEY, X)
+    kernel = np.asarray(variables.params["kernel"])
+    (rows, of_rows), (columns, of_columns) = (
+        rounded(np.asarray(X), 1),
+        rounded(kernel, 0),
+    )
+    expected = (rows @ columns) * of_rows * of_columns
+    held = made.convert(variables)
+    np.testing.assert_array_equal(
+        held.params["kernel"]["array"]["qvalue"], columns.astype(np.int8)
+    )
+    for output in (made.model.apply(variables, X)[0], made.integer.apply(held, X)[0]):
+        np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+    plain = from_linen(nn.Dense(4)).apply(variables, X)[0]
+    assert 0 < np.abs(plain - expected).max() < 0.03
+
+
+def test_a_convolution_is_a_product_of_integers():
+    layer = nn.Conv(3, (3, 3), padding="VALID", use_bias=False)
+    made = compress.quantized(layer, IMAGES)
+    variables = made.model.init(KEY, IMAGES)
+    images, of_images = rounded(np.asarray(IMAGES), (1, 2, 3))
+    kernel, of_kernel = rounded(np.asarray(variables.params["kernel"]), (0, 1, 2))
+    windows = np.lib.stride_tricks.sliding_window_view(images, (3, 3), axis=(1, 2))
+    expected = np.einsum("bhwcij,ijco->bhwo", windows, kernel) * of_images * of_kernel
+    output = made.model.apply(variables, IMAGES)[0]
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_passes_the_rounding():
+    made, plain = compress.quantized(nn.Dense(4), X), from_linen(nn.Dense(4))
+    variables = plain.init(KEY, X)
+
+    def slope(model):
+        def value(params, inputs):
+            output = model.apply(Variables(params), inputs)[0]
+            return jnp.sum(output * jnp.arange(24.0).reshape(6, 4))
+
+        return jax.grad(value, (0, 1))(variables.params, X)
+
+    for found, expected in zip(
+        *map(jax.tree.leaves, (slope(made.model), slope(plain))), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_the_plain_network_but_for_the_rounding(pair):
+    plain, made = pair
+    variables = made.model.init(KEY, X)
+    assert same(variables, plain.init(KEY, X))
+    options = {"train": True, "key": KEY, "taps": ("blocks_1", "head")}
+    mine, features, state = jitted(made.model).apply(variables, X, **options)
+    other, others, _ = jitted(plain).apply(variables, X, **options)
+    assert list(features) == list(others)
+    assert 0 < float(jnp.abs(mine - other).max()) < 0.2
+    np.testing.assert_array_equal(features["blocks_1"] == 0, others["blocks_1"] == 0)
+    assert not same(state, variables.model_state)
+    assert jax.tree.structure(state) == jax.tree.structure(variables.model_state)
+
+
+def test_integers_say_the_same(pair):
+    _, made = pair
+    assert made.paths == (
+        "blocks_0/dense/kernel",
+        "blocks_1/dense/kernel",
+        "head/kernel",
+    )
+    variables = made.model.init(KEY, X)
+    held = made.convert(variables)
+    assert same(made.integer.init(KEY, X), held)
+    leaves, before = tree.flatten(held.params), tree.flatten(variables.params)
+    for path, leaf in leaves.items():
+        kind = jnp.int8 if path.endswith("qvalue") else jnp.float32
+        assert leaf.dtype == kind, path
+        if path in before:
+            np.testing.assert_array_equal(leaf, before[path])
+    scale = leaves["head/kernel/array/scale"]
+    close = leaves["head/kernel/array/qvalue"] * scale
+    assert scale.shape == (1, 3)
+    assert jnp.all(jnp.abs(close - before["head/kernel"]) <= scale * 0.5001)
+    found = made.integer.apply(held, X, taps=("blocks_1",))
+    expected = made.model.apply(variables, X, taps=("blocks_1",))
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        found[1]["blocks_1"], expected[1]["blocks_1"], rtol=1e-6, atol=1e-7
+    )
+    with pytest.raises(ValueError, match="train: a network of integers is not trained"):
+        made.integer.apply(held, X, train=True)
+
+
+def test_a_student_in_integers_is_distilled(resnet):
+    """Batch statistics and taps go along; the network of integers says the same."""
+    teacher = from_linen(RESNET)
+    given = jitted(teacher).init(jax.random.key(3), IMAGES)
+    begun = distill.init(resnet.model.init(KEY, IMAGES))
+    optimizer = compress.pruned(
+        optax.sgd(0.05, momentum=0.9), 0.5, rules="student/(.*/)?kernel"
+    )
+    state = init_state(KEY, begun, optimizer, frozen={"teacher": given})
+    step = jax.jit(train_step(distill.objective(resnet.model, teacher), optimizer))
+    batch = {"inputs": IMAGES, "labels": jnp.arange(4)}
+    values = []
+    for _ in range(6):
+        state, measured = step(state, batch)
+        values.append(float(measured["loss"].total))
+    assert values[-1] < 0.7 * values[0]
+    assert same(state.frozen["teacher"], given)
+    assert not same(state.model_state["student"], begun.model_state["student"])
+    own = distill.of_student(state.params, state.model_state)
+    held, own = jax.device_get((resnet.convert(own), own))
+    assert len(resnet.paths) == 8
+    for path in resnet.paths:
+        zero = tree.flatten(own.params)[path] == 0
+        assert float(zero.mean()) == pytest.approx(0.5, abs=0.01)
+        assert (tree.flatten(held.params)[f"{path}/array/qvalue"][zero] == 0).all()
+    np.testing.assert_allclose(
+        resnet.integer.apply(held, IMAGES)[0],
+        resnet.model.apply(own, IMAGES)[0],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_an_example_s_output_is_its_own(resnet):
+    """Ranges are measured for each example, so its batch does not matter."""
+    held = resnet.integer.init(KEY, IMAGES)
+    loud = IMAGES.at[1:].multiply(100.0)
+    found = resnet.integer.apply(held, IMAGES)[0][0]
+    np.testing.assert_allclose(
+        resnet.integer.apply(held, loud)[0][0], found, rtol=1e-5, atol=1e-6
+    )
+
+
+class Products(nn.Module):
+    """Weights that a jitted function of jax.numpy multiplies by."""
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.lecun_normal(), (x.shape[-1], 5))
+        return nn.Dense(2)(jnp.matmul(x, weight))
+
+
+@pytest.mark.parametrize("first", ["plain", "quantized"])
+def test_networks_that_are_not_quantized_stay_as_they_are(first):
+    """JAX keeps traced functions; what was traced for one is no use for the other."""
+    width = {"plain": 11, "quantized": 13}[first]  # shapes that nothing else has
+    x = jax.random.normal(KEY, (3, width))
+    plain = from_linen(Products())
+    made = compress.quantized(Products(), x, rules="Dense_0")
+    variables = {"plain": plain, "quantized": made.model}[first].init(KEY, x)
+    order = [plain, made.model] if first == "plain" else [made.model, plain]
+    found = {id(model): model.apply(variables, x)[0] for model in order}
+    dense = variables.params["Dense_0"]
+    exact = np.asarray(x) @ np.asarray(variables.params["weight"])
+    exact = exact @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+    np.testing.assert_allclose(found[id(plain)], exact, rtol=1e-5, atol=1e-6)
+    assert np.abs(found[id(made.model)] - exact).max() > 1e-4
+
+
+def test_zeros_and_extremes_stay_finite():
+    made = compress.quantized(nets.MLP(3, widths=(4,)), X)
+    variables = made.model.init(KEY, X)
+    kernel = variables.params["head"]["kernel"].at[:, 0].set(0.0)
+    params = {**variables.params, "head": {"kernel": kernel, "bias": jnp.zeros(3)}}
+
+    def total(params, inputs):
+        return jnp.sum(made.model.apply(Variables(params), inputs)[0] ** 2)
+
+    for inputs in (jnp.zeros_like(X), 1e-30 * X, 1e12 * X):
+        value, slope = jax.value_and_grad(total)(params, inputs)
+        assert jnp.isfinite(value)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+        assert (made.model.apply(Variables(params), inputs)[0][:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_choose_modules(kind):
+    plain, made = int8(kind, rules=["blocks_1", "head"])
+    assert made.paths == ("blocks_1/dense/kernel", "head/kernel")
+    variables = made.model.init(KEY, X)
+    found, expected = (
+        model.apply(variables, X, taps=("blocks_0", "head"))[1]
+        for model in (made.model, plain)
+    )
+    np.testing.assert_array_equal(found["blocks_0"], expected["blocks_0"])
+    assert jnp.abs(found["head"] - expected["head"]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("hed", "rule 'hed' matches no parameter; nearest: 'head'"),
+        ("blocks_./norm", "matches no module that multiplies by its weights; modules"),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_that_quantize_nothing_are_refused(kind, rules, message):
+    with pytest.raises(ValueError, match=message):
+        int8(kind, rules=rules)
+
+
+def test_layers_that_can_t_are_refused():
+    images = jnp.ones((1, 28, 28, 1))
+    net = nets.LeNet(10, conv=nets.PatchConv)
+    with pytest.raises(ValueError, match="multiplies its weights in another shape"):
+        compress.quantized(net, images)
+    made = compress.quantized(net, images, rules=["features/dense", "head"])
+    assert made.paths == ("features/dense/kernel", "head/kernel")
+
+
+def test_without_qwix_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(ImportError, match=r"package qwix; run: .*r\[compress"):
+        compress.quantized(nn.Dense(2), X)
+
+
+@pytest.mark.slow
+def test_distillation_beats_labels_alone_in_integers():
+    """Same seeds, a hundred labels of digits, a large teacher that knows them all."""
+    train, test = digits()
+    teacher = network("linen", inputs=64, outputs=10, widths=(128,))
+    taught = learn(
+        distill.objective(teacher, terms={}),
+        optax.adam(0.003),
+        distill.init(jitted(teacher).init(jax.random.key(9), train["inputs"][:2])),
+        batches(train, 64),
+        steps=300,
+    )
+    given = distill.of_student(taught.params, taught.model_state)
+    made = compress.quantized(LinenNet(10, (16,)), train["inputs"][:2])
+    some = few(train, 10)
+    gains = []
+    for seed in range(3):
+        own = jitted(made.model).init(jax.random.key(seed), train["inputs"][:2])
+        found = []
+        for task in (
+            distill.objective(made.model, terms={}),
+            distill.objective(made.model, teacher, alpha=0.9, temperature=4.0),
+        ):
+            state = learn(
+                task,
+                optax.adam(0.01),
+                distill.init(own),
+                batches(some, 64),
+                steps=300,
+                frozen={"teacher": given},
+            )
+            held = made.convert(distill.of_student(state.params, state.model_state))
+            state = state.replace(params=held.params, model_state=held.model_state)
+            found.append(
+                accuracy(
+                    lambda params, _, state, x: made.integer.apply(
+                        Variables(params, state), x
+                    )[0],
+                    state,
+                    test,
+                )
+            )
+        gains.append(found[1] - found[0])
+    assert np.mean(gains) > 0.02, gains
