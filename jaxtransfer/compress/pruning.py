@@ -142,7 +142,7 @@ def pruned(
             raise ValueError(
                 "params: pruning needs them; call update(gradient, state, params)"
             )
-        gradient = apply_masks(updates, state.masks)
+        gradient = updates
         moves, inner = optimizer.update(gradient, state.inner, params)
         after: Any = optax.apply_updates(params, moves)
         after = apply_masks(after, state.masks)
@@ -151,7 +151,7 @@ def pruned(
             done % every == 0, lambda: kept(after, done), lambda: state.masks
         )
         # A weight and its negative add to exactly 0, whatever the optimizer wanted.
-        moves = chosen(now, moves, jax.tree.map(jnp.zeros_like, params))
+        moves = chosen(now, moves, jax.tree.map(jnp.negative, params))
         return moves, Pruned(done, now, inner)
 
     return optax.GradientTransformation(init, update)
