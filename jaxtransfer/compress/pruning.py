@@ -142,7 +142,7 @@ def pruned(
             raise ValueError(
                 "params: pruning needs them; call update(gradient, state, params)"
             )
-        gradient = updates
+        gradient = apply_masks(updates, state.masks)
         moves, inner = optimizer.update(gradient, state.inner, params)
         after: Any = optax.apply_updates(params, moves)
         after = apply_masks(after, state.masks)
