@@ -1,11 +1,13 @@
 """A small student of a real ResNet on CIFAR-10: distilled, pruned, in 8-bit integers.
 
 The same student, images, updates and seeds in each row: trained by labels alone or by a
-teacher, with all its weights or a part of them, in floating point or in integers. The
-teacher's outputs are computed once, for each image and its mirror image, and looked up.
-Last epoch; the complete test set. Rows in integers are scored with their weights in
-integers. One table and one figure show what each network costs on this device; the
-smallest student is exported.
+teacher too, with all its weights or a part of them, in floating point or in integers.
+The teacher teaches its logits and, as a hint, the maps of its middle stage, computed
+once for each image and its mirror image and looked up (about 1 GB for all images).
+Temperature and weight of the logits are those that `distill_cifar` chose for 150
+images, on others; the hint has its paper's weight. Last epoch; the complete test set.
+Rows in integers are scored with their weights in integers. One table and one figure
+show what each network costs on this device; the student of the last row is exported.
 
 Needs the extras `experiments` and `compress`.
 """
@@ -32,8 +34,10 @@ from experiments.common import (
     start_run,
 )
 from experiments.distill_cifar import Images, accuracy, look, read, read_teacher, sample
-from jaxtransfer import compress, nets, parallel, prng
+from experiments.distill_cifar_rows import last_blocks
+from jaxtransfer import compress, losses, nets, parallel, prng
 from jaxtransfer.methods import distill
+from jaxtransfer.methods.distill import Term
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, train_step
 from jaxtransfer.typing import Model, Variables
@@ -64,10 +68,12 @@ class Config(StudyConfig):
     """Of SGD with momentum 0.9; falls to 0 along a cosine."""
     weight_decay: float = 5e-4
     """Of all the student's weights."""
-    kd_temperature: float = 4.0
-    """Of distillation."""
-    kd_weight: float = 0.9
-    """Of the teacher; the labels have the rest."""
+    kd_temperature: float = 8.0
+    """Of the teacher's logits."""
+    kd_weight: float = 0.5
+    """Of the teacher's logits; the labels have the rest."""
+    hint_weight: float = 100.0
+    """Of the maps of the middle stage; 0 leaves them out."""
     sparsity: float = 0.8
     """Share of each kernel's weights that pruning sets to zero."""
     prune_every: int = 10
@@ -111,14 +117,14 @@ class Recipe(NamedTuple):
     baseline: str | None = None
 
 
-CE, KD, INT8, KD_INT8 = "labels alone", "KD", "int8", "KD, int8"
+CE, KD, INT8 = "labels alone", "distilled", "int8"
 RECIPES = {
     CE: Recipe(),
     KD: Recipe(distilled=True, baseline=CE),
-    "KD, pruned": Recipe(distilled=True, pruned=True, baseline=KD),
+    f"{KD}, pruned": Recipe(distilled=True, pruned=True, baseline=KD),
     INT8: Recipe(integers=True, baseline=CE),
-    KD_INT8: Recipe(distilled=True, integers=True, baseline=INT8),
-    "KD, pruned, int8": Recipe(True, True, True, baseline=KD_INT8),
+    f"{KD}, int8": Recipe(distilled=True, integers=True, baseline=INT8),
+    f"{KD}, pruned, int8": Recipe(True, True, True, baseline=f"{KD}, int8"),
 }
 
 
@@ -129,18 +135,37 @@ class Lesson(NamedTuple):
     taught: Mapping[str, jax.Array]
 
 
+def make_terms(config: Config) -> dict[str, Term]:
+    """What the teacher teaches."""
+    middle = [last_blocks(d)[1] for d in (config.student_depth, config.teacher_depth)]
+    return {
+        "logits": Term(
+            loss=losses.knowledge_distillation,
+            weight=config.kd_weight,
+            options={"temperature": config.kd_temperature},
+        ),
+        "maps": Term(
+            loss=losses.hint,
+            student=middle[0],
+            teacher=middle[1],
+            bridge=distill.match(always=True, norm=True),
+            weight=config.hint_weight,
+        ),
+    }
+
+
 class Student(NamedTuple):
     """A row, compiled once for all seeds.
 
     Attributes:
-        start: ``(key, inputs) -> training state``.
+        start: ``(key, inputs, teacher's variables) -> training state``.
         update: ``(state, lesson) -> (state, metrics)``.
         model: what is used after training.
         finish: ``training state -> variables`` of ``model``.
         outputs: ``(variables, inputs) -> logits`` of ``model``.
     """
 
-    start: Callable[[jax.Array, jax.Array], Any]
+    start: Callable[[jax.Array, jax.Array, Variables], Any]
     update: Callable[[Any, Lesson], Any]
     model: Model
     finish: Callable[[Any], Variables]
@@ -185,17 +210,22 @@ def make_student(config: Config, recipe: Recipe, teacher: Model) -> Student:
             rules="student/(.*/)?kernel",
             every=config.prune_every,
         )
-    objective = distill.objective(
-        model,
-        teacher,
-        temperature=config.kd_temperature,
-        alpha=config.kd_weight if recipe.distilled else 0.0,
-    )
+    terms = make_terms(config) if recipe.distilled else {}
+    task_weight = 1 - config.kd_weight if recipe.distilled else 1.0
+    objective = distill.objective(model, teacher, terms=terms, task_weight=task_weight)
     step = train_step(objective, optimizer)
     init = jax.jit(from_linen(net).init)  # of one form for all rows: the same weights
 
-    def start(key: jax.Array, inputs: jax.Array) -> Any:
-        begun = distill.init(init(prng.stream(key, "init"), inputs))
+    def start(key: jax.Array, inputs: jax.Array, given: Variables) -> Any:
+        begun = distill.start(
+            prng.stream(key, "bridges"),
+            model,
+            teacher,
+            terms,
+            student_variables=init(prng.stream(key, "init"), inputs),
+            teacher_variables=given,
+            inputs=inputs,
+        )
         return init_state(prng.stream(key, "run"), begun, optimizer)
 
     def update(state: Any, lesson: Lesson) -> Any:
@@ -213,14 +243,14 @@ def make_student(config: Config, recipe: Recipe, teacher: Model) -> Student:
 
 
 def train(
-    config: Config, row: str, student: Student, key: jax.Array, lesson: Lesson
+    config: Config, row: str, student: Student, begun: Any, lesson: Lesson
 ) -> Variables:
     """All updates of a student, and what is used of it.
 
     Raises:
         FloatingPointError: the loss is not finite at the end.
     """
-    state, measured = student.start(key, lesson.images.inputs[:2]), {}
+    state, measured = begun, {}
     for _ in range(config.updates):
         state, measured = student.update(state, lesson)
     if not np.isfinite(float(measured["loss"].total)):
@@ -284,14 +314,16 @@ def main(config: Config) -> dict[str, Any]:
         display.console.print(f"teacher: {measured[0].score:.2f} %")
         chosen = distill_cifar.subset(everything.labels, config.per_class, config.seed)
         images = Images(everything.inputs[chosen], everything.labels[chosen])
-        lesson = Lesson(images, look(teacher, teacher_variables, images.inputs, ()))
+        taps = (last_blocks(config.teacher_depth)[1],) if config.hint_weight else ()
+        lesson = Lesson(images, look(teacher, teacher_variables, images.inputs, taps))
         display.advance(bar)
         for seed in range(config.seeds):
             key = prng.stream(root, f"seed {seed}")
             for row in names:
                 display.update(bar, description=row)
                 student = students[row]
-                variables = train(config, row, student, key, lesson)
+                begun = student.start(key, images.inputs[:2], teacher_variables)
+                variables = train(config, row, student, begun, lesson)
                 value = accuracy(
                     lambda x, own=student, v=variables: own.outputs(v, x), test
                 )

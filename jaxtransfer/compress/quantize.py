@@ -48,18 +48,18 @@ def quantized(
     rules: tree.Rules = ".*",
     key_streams: tuple[str, ...] = ("dropout",),
 ) -> Quantized:
-    r"""A network whose products with weights are those of 8-bit integers.
+    r"""A network whose layers multiply 8-bit integers.
 
     .. math:: \hat x = \Delta\,\mathrm{round}(x / \Delta), \qquad
               \Delta = \max |x| / 127
 
-    with one :math:`\Delta` for each output channel of a weight and one for each
-    example of the inputs, measured anew in every pass: nothing is calibrated, and an
-    example's output does not depend on the others of its batch. The integers are
-    multiplied and summed exactly, in training too. Sums of what is not a weight,
-    normalisation and biases stay in floating point. Zero stays zero, so pruning
-    (:func:`~jaxtransfer.compress.pruned`) goes with it. Loops inside of the network
-    (``jax.lax.scan``) are unrolled.
+    for both sides of each product in a module that has weights, with one
+    :math:`\Delta` for each output channel of a weight and one for each example of its
+    inputs, measured anew in every pass: nothing is calibrated, and an example's output
+    does not depend on the others of its batch. The integers are multiplied and summed
+    exactly, in training too. Biases, normalisation and modules without weights stay in
+    floating point. Zero stays zero, so pruning (:func:`~jaxtransfer.compress.pruned`)
+    goes with it. Loops inside of the network (``jax.lax.scan``) are unrolled.
 
     ``quantized(...).model`` is a student like any other, for
     :func:`jaxtransfer.methods.distill.objective`: same parameters, state and taps.

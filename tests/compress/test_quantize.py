@@ -191,29 +191,48 @@ def test_an_example_s_output_is_its_own(resnet):
 
 
 class Products(nn.Module):
-    """Weights that a jitted function of jax.numpy multiplies by."""
+    """A product with a weight, and one of a jitted function of jax.numpy."""
 
     @nn.compact
     def __call__(self, x):
         weight = self.param("weight", nn.initializers.lecun_normal(), (x.shape[-1], 5))
-        return nn.Dense(2)(jnp.matmul(x, weight))
+        y = jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())))
+        return jnp.matmul(y, y.T)
 
 
 @pytest.mark.parametrize("first", ["plain", "quantized"])
 def test_networks_that_are_not_quantized_stay_as_they_are(first):
     """JAX keeps traced functions; what was traced for one is no use for the other."""
-    width = {"plain": 11, "quantized": 13}[first]  # shapes that nothing else has
-    x = jax.random.normal(KEY, (3, width))
-    plain = from_linen(Products())
-    made = compress.quantized(Products(), x, rules="Dense_0")
-    variables = {"plain": plain, "quantized": made.model}[first].init(KEY, x)
-    order = [plain, made.model] if first == "plain" else [made.model, plain]
-    found = {id(model): model.apply(variables, x)[0] for model in order}
-    dense = variables.params["Dense_0"]
-    exact = np.asarray(x) @ np.asarray(variables.params["weight"])
-    exact = exact @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
-    np.testing.assert_allclose(found[id(plain)], exact, rtol=1e-5, atol=1e-6)
-    assert np.abs(found[id(made.model)] - exact).max() > 1e-4
+    rows = {"plain": 11, "quantized": 13}[first]  # shapes that nothing else has
+    x = jax.random.normal(KEY, (rows, 6))
+    weight = np.asarray(jax.random.normal(jax.random.key(1), (6, 5)))
+    variables = Variables({"weight": jnp.asarray(weight)})
+    models = {
+        "plain": from_linen(Products()),
+        "quantized": compress.quantized(Products(), x).model,
+    }
+    order = sorted(models, key=lambda name: name != first)
+    found = {name: models[name].apply(variables, x)[0] for name in order}
+
+    def product(one, other):
+        (left, of_left), (right, of_right) = rounded(one, 1), rounded(other, 0)
+        return (left @ right) * of_left * of_right
+
+    y = product(np.asarray(x), weight)
+    expected = {"plain": (x @ weight) @ (x @ weight).T, "quantized": product(y, y.T)}
+    for name in order:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4)
+    assert np.abs(found["plain"] - found["quantized"]).max() > 1e-2
+
+
+class Bilinear(nn.Module):
+    """Multiplies by a product of its weights, which is not one of them."""
+
+    @nn.compact
+    def __call__(self, x):
+        pair = self.param("kernel", nn.initializers.lecun_normal(), (2, 6, 3))
+        both = pair[0] * pair[1]
+        return nn.Dense(2)(jax.lax.dot_general(x, both, (((1,), (0,)), ((), ()))))
 
 
 def test_zeros_and_extremes_stay_finite():
@@ -263,6 +282,9 @@ def test_layers_that_can_t_are_refused():
     net = nets.LeNet(10, conv=nets.PatchConv)
     with pytest.raises(ValueError, match="multiplies its weights in another shape"):
         compress.quantized(net, images)
+    with pytest.raises(ValueError, match="'kernel' is one. .* .'Dense_0/kernel"):
+        compress.quantized(Bilinear(), X)
+    assert compress.quantized(Bilinear(), X, rules="Dense_0").paths
     made = compress.quantized(net, images, rules=["features/dense", "head"])
     assert made.paths == ("features/dense/kernel", "head/kernel")
 
