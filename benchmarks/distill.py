@@ -101,8 +101,9 @@ def optimizer() -> optax.GradientTransformation:
 
 def objective(teacher: Model, alpha: float = LOSS.alpha) -> Any:
     """KD of logits."""
-    options = {"temperature": LOSS.temperature, "alpha": alpha}
-    return distill.objective(network(STUDENT), teacher, **options)
+    return distill.objective(
+        network(STUDENT), teacher, temperature=LOSS.temperature, alpha=alpha
+    )
 
 
 class Form:
@@ -434,7 +435,7 @@ def time_to_accuracy(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", help="teachers whose names hold one")
+    parser.add_argument("--only", nargs="*", help="teachers whose names hold one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--accuracy", action="store_true", help="the real task too")
     parser.add_argument("--data-dir", default=os.environ.get("JAXTRANSFER_DATA_DIR"))
@@ -444,10 +445,12 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=4)
     parser.add_argument("--target", type=float, default=65.0, help="in %%")
     options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
+    words = [""] if options.only is None else options.only
+    pairs = {n: p for n, p in PAIRS.items() if any(word in n for word in words)}
+    if not pairs and not options.accuracy:
+        parser.error(f"--only: no teacher of that name; there are {sorted(PAIRS)}")
     seconds, facts = {}, {}
-    for name, pair in PAIRS.items():
-        if options.only and not any(word in name for word in options.only):
-            continue
+    for name, pair in pairs.items():
         found = measure(pair, options.rounds)
         print(f"teacher {name}, student ResNet-8, batch {BATCH}")
         for form, spent in found["seconds"].items():
@@ -466,6 +469,8 @@ def main() -> None:
         print("time to an accuracy on held-out images")
         task = time_to_accuracy(options)
         print(f"  seconds to {options.target} %: {task['seconds to the target']}")
+        for name, curve in task["curves"].items():
+            seconds[f"real task, all epochs: {name}"] = curve[-1][0]
     report(
         "a step of distillation with its teacher run, and looked up",
         seconds,
