@@ -103,6 +103,18 @@ def start_run(name: str, config: StudyConfig) -> Path:
     return folder
 
 
+def keep(folder: Path, file: str, **values: Any) -> None:
+    """Add a line of JSON to a file of the run: a study that is stopped loses nothing.
+
+    Args:
+        folder: the run folder.
+        file: its name, ``"values.jsonl"``.
+        values: what is kept.
+    """
+    with (folder / file).open("a") as lines:
+        lines.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
 def _commit() -> str | None:
     try:
         return subprocess.run(

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from experiments import distill_cifar
@@ -29,11 +28,20 @@ from experiments.common import (
     StudyConfig,
     command_line,
     interval,
+    keep,
     progress,
     show,
     start_run,
 )
-from experiments.distill_cifar import Images, accuracy, look, read, read_teacher, sample
+from experiments.distill_cifar import (
+    Images,
+    accuracy,
+    follow,
+    look,
+    read,
+    read_teacher,
+    sample,
+)
 from experiments.distill_cifar_rows import last_blocks
 from jaxtransfer import compress, losses, nets, parallel, prng
 from jaxtransfer.methods import distill
@@ -242,25 +250,6 @@ def make_student(config: Config, recipe: Recipe, teacher: Model) -> Student:
     return Student(start, parallel.jit_step(update), served, finish, outputs)
 
 
-def train(
-    config: Config, row: str, student: Student, begun: Any, lesson: Lesson
-) -> Variables:
-    """All updates of a student, and what is used of it.
-
-    Raises:
-        FloatingPointError: the loss is not finite at the end.
-    """
-    state, measured = begun, {}
-    for _ in range(config.updates):
-        state, measured = student.update(state, lesson)
-    if not np.isfinite(float(measured["loss"].total)):
-        raise FloatingPointError(
-            f"{row}: the loss is not finite after {config.updates} updates; take a "
-            "smaller --learning-rate"
-        )
-    return student.finish(state)
-
-
 def write_report(folder: Path, measured: list[compress.Measured]) -> None:
     """The table, printed too, and the figure."""
     text = compress.table(measured)
@@ -323,11 +312,13 @@ def main(config: Config) -> dict[str, Any]:
                 display.update(bar, description=row)
                 student = students[row]
                 begun = student.start(key, images.inputs[:2], teacher_variables)
-                variables = train(config, row, student, begun, lesson)
+                state = follow(row, begun, student.update, lesson, config.updates)
+                variables = student.finish(state)
                 value = accuracy(
                     lambda x, own=student, v=variables: own.outputs(v, x), test
                 )
                 found[row].append(value)
+                keep(folder, "values.jsonl", seed=seed, row=row, value=value)
                 shown.setdefault(row, variables)
                 display.console.print(f"seed {seed}, {row}: {value:.2f} %")
                 display.advance(bar)

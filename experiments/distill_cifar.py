@@ -21,7 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
+from experiments.common import (
+    Row,
+    StudyConfig,
+    command_line,
+    keep,
+    progress,
+    show,
+    start_run,
+)
 from experiments.distill_cifar_rows import (
     CE,
     KD,
@@ -314,21 +322,19 @@ def sample(
     }
 
 
-def train_row(
-    config: Config, row: str, student: Student, key: jax.Array, lesson: Lesson
-) -> Any:
-    """All updates of a student.
+def follow(row: str, state: Any, update: Callable[..., Any], given: Any, updates: int):
+    """All updates of a student on what it is given; its training state.
 
     Raises:
         FloatingPointError: the loss is not finite at the end.
     """
-    state, measured = student.start(key, lesson), {}
-    for _ in range(config.updates):
-        state, measured = student.update(state, (lesson.images, lesson.taught))
+    measured = {}
+    for _ in range(updates):
+        state, measured = update(state, given)
     if not np.isfinite(float(measured["loss"].total)):
         raise FloatingPointError(
-            f"{row}: the loss is not finite after {config.updates} updates; take a "
-            "smaller --learning-rate"
+            f"{row}: the loss is not finite after {updates} updates; take a smaller "
+            "--learning-rate"
         )
     return state
 
@@ -384,7 +390,9 @@ def main(config: Config) -> dict[str, Any]:
                     display.update(bar, description=f"{10 * count} images, {name}")
                     key = prng.stream(root, f"seed {seed}")
                     student = students[name]
-                    state = train_row(config, name, student, key, lesson)
+                    begun = student.start(key, lesson)
+                    given = lesson.images, lesson.taught
+                    state = follow(name, begun, student.update, given, config.updates)
                     value = accuracy(
                         lambda x, own=student, state=state, lesson=lesson: own.logits(
                             state, lesson, x
@@ -392,6 +400,8 @@ def main(config: Config) -> dict[str, Any]:
                         test,
                     )
                     found[name].append(value)
+                    line = {"images": 10 * count, "seed": seed, "row": name}
+                    keep(folder, "values.jsonl", **line, value=value)
                     display.console.print(
                         f"{10 * count} images, seed {seed}, {name}: {value:.2f} %"
                     )

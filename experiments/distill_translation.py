@@ -24,7 +24,15 @@ import numpy as np
 
 from experiments import translation_text as text
 from experiments import translation_training as training
-from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
+from experiments.common import (
+    Row,
+    StudyConfig,
+    command_line,
+    keep,
+    progress,
+    show,
+    start_run,
+)
 from experiments.translation_text import Pairs, Sentences, Vocabulary
 from experiments.translation_training import Size, Training, Translator
 from jaxtransfer import pretrained, prng
@@ -71,7 +79,7 @@ class Config(StudyConfig):
     rows: tuple[str, ...] = RICH
     """Students of the rich pair."""
     beams: int = 4
-    """Of the search; 1 is greedy, which is scored too."""
+    """Of the search; greedy search is scored too."""
     penalty: float = 0.6
     """Exponent of the length in the search."""
     sentences: int = 0
@@ -164,11 +172,10 @@ class Study:
         size = corpus.vocabulary.size
         self.teacher = training.network(config.teacher, size)
         self.student = training.network(config.student, size)
-        options = {"penalty": config.penalty}
         self.searches = {
             network: (
-                Translator(network, beams=config.beams, **options),
-                Translator(network, beams=1, **options),
+                Translator(network, beams=config.beams, penalty=config.penalty),
+                Translator(network, beams=1, penalty=0.0),  # greedy
             )
             for network in (self.teacher, self.student)
         }
@@ -188,12 +195,10 @@ class Study:
 
     def report(self, name: str) -> Callable[[int, float], None]:
         """Write down how a training goes."""
-        path = self.folder / "losses.jsonl"
 
         def write(number: int, loss: float) -> None:
             line = {"training": name, "update": number, "loss": loss}
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            keep(self.folder, "losses.jsonl", **line)
 
         return write
 
@@ -236,6 +241,7 @@ class Study:
         scores, lines = self.translate(network, variables, into)
         told = ", ".join(f"{key} {value:.2f}" for key, value in scores.items())
         self.say(f"en→{into}, {name}: {told}")
+        keep(self.folder, "values.jsonl", pair=f"en→{into}", network=name, **scores)
         self.samples[f"en→{into}, {name}"] = lines[:5]
         return scores
 
@@ -280,7 +286,7 @@ def mixed_teacher(study: Study, begun: Variables) -> Variables:
 
 
 def rich(study: Study, teacher: Variables) -> list[Variables]:
-    """Students of the rich pair; those of the last row but GKD's are given back."""
+    """Students of the rich pair; those of word-KD, or of the first row, come back."""
     config, corpus = study.config, study.corpus
     recipe = study.recipe(config.student_updates)
     own_recipe = study.recipe(max(1, config.student_updates // 4), begun=True)
@@ -297,19 +303,19 @@ def rich(study: Study, teacher: Variables) -> list[Variables]:
     hard = training.make_trainer(
         training.lesson_of(study.student, smoothing=recipe.smoothing), recipe
     )
-    both = {"student": study.student, "teacher": study.teacher}
+    both = study.student, study.teacher
     trainers = {
         LABELS: hard,
         SEQUENCES: hard,
         INTERPOLATED: hard,
         WORDS: training.make_trainer(
-            training.lesson_of(**both, terms=training.word_term(), task_weight=0.5),
+            training.lesson_of(*both, terms=training.word_term(), task_weight=0.5),
             recipe,
         ),
         # From the students of the labels: their own words must be words.
         OWN: training.make_trainer(
             training.lesson_of(
-                **both,
+                *both,
                 terms=training.word_term(divergence="jensen_shannon"),
                 task_weight=0.0,
                 own_words=0.5,

@@ -138,11 +138,11 @@ def make_trainer(objective: Objective, training: Training) -> Trainer:
     optimizer = make_optimizer(training)
     step = train_step(objective, optimizer)
 
-    def update(state: Any, texts: TextBatch) -> Any:
+    def taught(state: Any, texts: TextBatch) -> Any:
         batch = distill.sequence_batch(texts.source, texts.target, begin=BEGIN)
         return step(state, batch)
 
-    update = parallel.jit_step(update)
+    update = parallel.jit_step(taught)
 
     def train(
         key: jax.Array,
@@ -178,7 +178,7 @@ class Translator:
 
         Args:
             network: whose variables are given later.
-            beams: sequences that are followed at a time; 1 is greedy.
+            beams: sequences that are followed at a time; 1 without penalty is greedy.
             penalty: exponent of the length.
             rows: sentences at a time.
         """

@@ -42,11 +42,12 @@ def beam_search(
 ) -> Beams:
     """Beam search over batches, of one shape from beginning to end.
 
-    Each step keeps, of all continuations of the unfinished sequences, the ``beams`` of
-    highest log-probability; those that end are put among the ``beams`` best finished
-    ones, by ``log p(y) / |y| ** length_penalty``. It stops as soon as no unfinished one
-    can enter them. What is unfinished at ``length`` competes as it is. One beam is
-    greedy search.
+    Each step takes the continuations of the unfinished sequences that are likeliest:
+    ``beams`` of those that go on are kept, and an end counts if it is among the
+    ``beams`` likeliest of all. Finished sequences are compared by ``log p(y) / |y| **
+    length_penalty`` and the ``beams`` best kept; the search stops as soon as no
+    unfinished one can enter them. What is unfinished at ``length`` competes as it is.
+    One beam without length penalty is greedy search.
 
     Args:
         step: ``(state, tokens [rows]) -> (logits [rows, vocabulary], state)``; rows are
@@ -136,9 +137,10 @@ def beam_search(
         if where is not None:
             logs = jnp.where(where, logs, _NEVER)
         total = jnp.maximum(live[..., None] + logs, _NEVER)
-        # Each beam can end: its score goes to the finished ones, if it does.
+        last_of_best = jax.lax.top_k(total.reshape(batch, -1), beams)[0][:, -1:]
+        ends = (total[..., end] >= last_of_best) & (total[..., end] > _NEVER / 2)
         ended = total[..., end] / (count + 1.0) ** length_penalty
-        ended = jnp.where(total[..., end] > _NEVER / 2, ended, _NEVER)
+        ended = jnp.where(ends, ended, _NEVER)
         finished = written.at[:, :, count].set(end)
         found = merge(
             found, Beams(finished, ended, jnp.full((batch, beams), count + 1))

@@ -98,7 +98,7 @@ def data_free_objective(
         ['distillation', 'diverse', 'sure']
 
     References:
-        Chen et al., *Data-free learning of student networks*, ICCV 2019, eqs. 3-7.
+        Chen et al., *Data-free learning of student networks*, ICCV 2019.
         Deviation: the weight of the first part is an argument.
     """
     if examples < 1 or noise < 1:

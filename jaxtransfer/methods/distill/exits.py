@@ -87,7 +87,7 @@ def early_exits(
         ['exit layer1_0', 'exit layer2_0']
 
     References:
-        Zhang et al., *Be your own teacher*, ICCV 2019, eqs. 2-4. Deviations: heads are
+        Zhang et al., *Be your own teacher*, ICCV 2019. Deviations: heads are
         linear; its third part, a hint from the deepest features, is a term to be added.
     """
     if not paths or len(set(paths)) < len(paths):

@@ -21,7 +21,7 @@ def generations(
     """Students in a row, each taught by the one before it.
 
     Students of the teacher's own architecture are born-again networks, whose last, or
-    all together (several teachers; ``losses.multi_teacher_divergences`` of their
+    all together (several teachers; ``losses.multi_teacher_distillation`` of their
     stacked outputs), is kept. Ever smaller ones are teacher assistants, that bridge a
     gap which is too wide for one step.
 
@@ -49,9 +49,8 @@ def generations(
         [4.0, 2.0, 1.0]
 
     References:
-        Furlanello et al., *Born-again neural networks*, ICML 2018, section 3; Mirzadeh
-        et al., *Improved knowledge distillation via teacher assistant*, AAAI 2020,
-        section 4.
+        Furlanello et al., *Born-again neural networks*, ICML 2018; Mirzadeh et al.,
+        *Improved knowledge distillation via teacher assistant*, AAAI 2020.
     """
     if not students:
         raise ValueError("students: there are none; give one network a generation")

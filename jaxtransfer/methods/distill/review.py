@@ -63,8 +63,7 @@ def fusion(*, width: int | None = None) -> Any:
         ValueError: (at the call) as many layers of each are needed, all maps.
 
     References:
-        Chen et al., *Distilling knowledge via knowledge review*, CVPR 2021, section
-        3.3.
+        Chen et al., *Distilling knowledge via knowledge review*, CVPR 2021.
     """
 
     def make(student: Any, teacher: Any) -> Model:
@@ -121,8 +120,7 @@ def review(
         ('layer1_0', 'layer2_0')
 
     References:
-        Chen et al., *Distilling knowledge via knowledge review*, CVPR 2021, sections
-        3.2-3.4.
+        Chen et al., *Distilling knowledge via knowledge review*, CVPR 2021.
     """
     if len(student) != len(teacher) or len(student) < 2:
         raise ValueError(

@@ -99,8 +99,7 @@ def on_policy(
         ValueError: share: got 2.0; a probability is in 0 … 1
 
     References:
-        Agarwal et al., *On-policy distillation of language models*, ICLR 2024,
-        algorithm 1.
+        Agarwal et al., *On-policy distillation of language models*, ICLR 2024.
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share: got {share}; a probability is in 0 … 1")
