@@ -13,7 +13,9 @@ after the last update.
 """
 
 import dataclasses
+import functools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,9 +88,9 @@ class Config(StudyConfig):
     """Training sentences, the first ones; 0 is all."""
     test_sentences: int = 0
     """Test sentences, the first ones; 0 is all."""
-    teachers: Path | None = None
-    """Folder of an earlier run, whose subwords and those teachers that are there are
-    used."""
+    earlier: Path | None = None
+    """Folder of an earlier run of the same options, whose subwords are used and whose
+    networks, as far as they are there, are not trained again."""
 
 
 PRESETS = {
@@ -141,8 +143,8 @@ def read(config: Config) -> Corpus:
         train = text.read("train", config.data_dir)
         test = text.read("test_2016_flickr", config.data_dir)
     train = _first(train, config.sentences)
-    if config.teachers is not None:
-        vocabulary = Vocabulary((config.teachers / VOCABULARY).read_bytes())
+    if config.earlier is not None:
+        vocabulary = Vocabulary((config.earlier / VOCABULARY).read_bytes())
     else:
         few = _first(train, config.poor_pairs)
         learned = train["en"] + train["de"]
@@ -202,15 +204,18 @@ class Study:
 
         return write
 
-    def taught(self, name: str, train: Callable[[], Variables]) -> Variables:
-        """A teacher: from the folder of an earlier run if it is there, or trained."""
-        file = f"{name}.safetensors"
-        model = from_linen(self.teacher)
-        if self.config.teachers is not None and (self.config.teachers / file).is_file():
+    def trained(
+        self, network: Any, name: str, train: Callable[[], Variables]
+    ) -> Variables:
+        """A network: from the folder of an earlier run if it is there, or trained."""
+        file = f"{re.sub('[^a-z0-9]+', '_', name.lower())}.safetensors"
+        earlier = self.config.earlier
+        if earlier is not None and (earlier / file).is_file():
             some = jax.ShapeDtypeStruct((1, 2), np.dtype("int32"))
             inputs = {"source": some, "target": some}
-            return pretrained.load(self.config.teachers / file, model, inputs)[0]
-        variables = train()
+            variables = pretrained.load(earlier / file, from_linen(network), inputs)[0]
+        else:
+            variables = train()
         pretrained.save(self.folder / file, variables)
         return variables
 
@@ -259,7 +264,7 @@ def rich_teacher(study: Study) -> Variables:
             report=study.report("teacher"),
         )
 
-    return study.taught("teacher", train)
+    return study.trained(study.teacher, "teacher", train)
 
 
 def mixed_teacher(study: Study, begun: Variables) -> Variables:
@@ -282,7 +287,7 @@ def mixed_teacher(study: Study, begun: Variables) -> Variables:
             report=study.report("mixed teacher"),
         )
 
-    return study.taught("mixed_teacher", train)
+    return study.trained(study.teacher, "mixed teacher", train)
 
 
 def rich(study: Study, teacher: Variables) -> list[Variables]:
@@ -330,18 +335,21 @@ def rich(study: Study, teacher: Variables) -> list[Variables]:
             key = prng.stream(study.key, f"student {seed}")
             # Whatever begins with other students begins with those of the same seed.
             before = trained[LABELS][seed] if method == OWN else None
-            variables = trainers[method](
+            name = f"{method}, seed {seed}"
+            train = functools.partial(
+                trainers[method],
                 key,
                 training.start(key, study.student, before),
                 study.stream(lessons[method], seed),
                 teacher if method in (WORDS, OWN) else None,
-                study.report(f"{method} {seed}"),
+                study.report(name),
             )
+            variables = study.trained(study.student, f"en de {name}", train)
             kept.append(variables)
-            name = f"{method}, seed {seed}"
             found.append(study.scored(study.student, variables, "de", name))
         trained[method] = kept
-        study.add("en→de", method, found, None if method == LABELS else LABELS)
+        compared = method != LABELS and LABELS in config.rows
+        study.add("en→de", method, found, LABELS if compared else None)
     return trained.get(WORDS, trained[config.rows[0]])
 
 
@@ -369,13 +377,15 @@ def poor(study: Study, into: str, mixed: Variables, begun: list[Variables]) -> N
         for seed in range(config.seeds):
             key = prng.stream(study.key, f"{into} {seed}")
             before = begun[seed] if method in (BEGUN, BOTH) else None
-            variables = trainers[before is not None](
+            name = f"{method}, seed {seed}"
+            train = functools.partial(
+                trainers[before is not None],
                 key,
                 training.start(key, study.student, before),
                 study.stream(enriched if method in (TAUGHT, BOTH) else few, seed),
-                report=study.report(f"en→{into}, {method} {seed}"),
+                report=study.report(f"en→{into}, {name}"),
             )
-            name = f"{method}, seed {seed}"
+            variables = study.trained(study.student, f"en {into} {name}", train)
             found.append(study.scored(study.student, variables, into, name))
         study.add(f"en→{into}", method, found, None if method == ALONE else ALONE)
 

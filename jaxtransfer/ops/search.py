@@ -42,12 +42,12 @@ def beam_search(
 ) -> Beams:
     """Beam search over batches, of one shape from beginning to end.
 
-    Each step takes the continuations of the unfinished sequences that are likeliest:
-    ``beams`` of those that go on are kept, and an end counts if it is among the
-    ``beams`` likeliest of all. Finished sequences are compared by ``log p(y) / |y| **
-    length_penalty`` and the ``beams`` best kept; the search stops as soon as no
-    unfinished one can enter them. What is unfinished at ``length`` competes as it is.
-    One beam without length penalty is greedy search.
+    Of the continuations of all unfinished sequences, each step keeps the ``beams``
+    likeliest that go on; an end counts if it is among the ``beams`` likeliest of all.
+    Finished sequences are compared by ``log p(y) / |y| ** length_penalty`` and the
+    ``beams`` best kept; the search stops as soon as no unfinished one can enter them.
+    What is unfinished at ``length`` competes as it is. One beam without length penalty
+    is greedy search.
 
     Args:
         step: ``(state, tokens [rows]) -> (logits [rows, vocabulary], state)``; rows are

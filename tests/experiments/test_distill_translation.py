@@ -21,8 +21,8 @@ def corpus():
     return study.read(SMOKE)
 
 
-def test_smoke_writes_tables_teachers_and_samples(tmp_path):
-    """Teachers of an earlier run are taken up, and then score the same."""
+def test_smoke_writes_tables_networks_and_samples(tmp_path):
+    """Networks of an earlier run are taken up, and then score the same."""
     config = dataclasses.replace(
         SMOKE, run_dir=tmp_path / "a", rows=(study.LABELS, study.OWN), seeds=1
     )
@@ -32,14 +32,13 @@ def test_smoke_writes_tables_teachers_and_samples(tmp_path):
     assert {row["method"] for row in rows} == {study.LABELS, study.OWN, *study.POOR}
     samples = json.loads((file.parent / "samples.json").read_text())["samples"]
     assert len(samples["source"]) == len(samples["en→de, GKD, seed 0"]) == 5
-    again = dataclasses.replace(
-        config,
-        run_dir=tmp_path / "b",
-        teachers=file.parent,
-        poor=(),
-        rows=(study.LABELS,),
-    )
-    assert study.main(again)["teachers"]["en→de"] == found["teachers"]["en→de"]
+    (file.parent / "en_de_gkd_seed_0.safetensors").unlink()
+    again = dataclasses.replace(config, run_dir=tmp_path / "b", earlier=file.parent)
+    repeated = study.main(again)
+    assert repeated["teachers"] == found["teachers"]
+    assert repeated["rows"] == found["rows"]
+    (log,) = (tmp_path / "b").rglob("losses.jsonl")
+    assert {json.loads(line)["training"] for line in log.open()} == {"GKD, seed 0"}
 
 
 def test_text_survives_the_vocabulary(corpus):

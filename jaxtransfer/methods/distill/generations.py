@@ -41,10 +41,12 @@ def generations(
 
     Example:
         >>> import jax, jax.numpy as jnp
+        >>> from jaxtransfer import model, nets
+        >>> net = model.from_linen(nets.MLP(outputs=3))
         >>> def train(key, student, teacher, variables):
         ...     return Variables({"w": variables.params["w"] / 2}, {})
         >>> first = Variables({"w": jnp.array(8.0)}, {})
-        >>> found = generations(jax.random.key(0), None, first, [None] * 3, train)
+        >>> found = generations(jax.random.key(0), net, first, [net] * 3, train)
         >>> [float(one.params["w"]) for one in found]
         [4.0, 2.0, 1.0]
 

@@ -93,7 +93,9 @@ def on_policy(
 
     Example:
         >>> from jaxtransfer.methods import distill
-        >>> on_policy(lambda *given: given, None, begin=1, share=2.0)
+        >>> def same(student, batch, key):
+        ...     return batch["target"]
+        >>> on_policy(lambda *given: given, same, begin=1, share=2.0)
         Traceback (most recent call last):
         ...
         ValueError: share: got 2.0; a probability is in 0 … 1
