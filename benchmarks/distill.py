@@ -4,8 +4,9 @@
 a student ResNet-8 (SGD with momentum, KD of logits, images of 32 x 32, batch 64) with a
 teacher that is run within the compiled step, run in a call of its own, or looked up in
 a cache on the device or on the disk; beside PyTorch, with its images contiguous or
-channels last. All forms get the same weights and must return the same loss and
-gradient. Needs PyTorch.
+channels last. Ours run on one device, and with the batch shared by one for each core,
+for XLA runs some convolutions on one core only. All forms get the same weights and must
+return the same loss and gradient. Needs PyTorch.
 
 ``--accuracy`` adds a real task, if ``JAXTRANSFER_DATA_DIR`` (or ``--data-dir``) has
 cifar10 and ``weights/cifar10_resnet56.safetensors``: the time until the student reaches
@@ -16,6 +17,7 @@ trained in turn.
 """
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -57,6 +59,11 @@ PAIRS = {
     "ResNet-20, four times as wide": Pair(20, 64),
 }
 STUDENT = Pair(8)
+
+
+def shards() -> int:
+    """How many devices share the batch evenly, at most one a core."""
+    return math.gcd(BATCH, os.cpu_count() or 1)
 
 
 def network(pair: Pair) -> Model:
@@ -112,9 +119,13 @@ class Form:
     The state is donated to every update, as in training; :meth:`once` starts anew.
     """
 
-    def __init__(self, step, variables, batch, *, frozen=None, before=None):
+    def __init__(self, step, variables, batch, *, frozen=None, before=None, devices=1):
         self._variables, self._frozen, self._before = variables, frozen or {}, before
-        self._step, self._batch = parallel.jit_step(step), batch
+        self._mesh = None
+        if devices > 1:
+            self._mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+            batch = parallel.shard_batch(batch, self._mesh)
+        self._step, self._batch = parallel.jit_step(step, self._mesh), batch
         self._state, programs = self._begin(), []
         if before is not None:
             programs += before.programs(batch)
@@ -122,17 +133,19 @@ class Form:
         lower = self._step.lower  # pyright: ignore[reportFunctionMemberAccess]
         programs.append(lower(self._state, batch).compile())
         self.flops = sum(program.cost_analysis()["flops"] for program in programs)
-        self.megabytes = max(
+        self.flops *= devices
+        self.megabytes = devices * max(
             program.memory_analysis().temp_size_in_bytes / 1e6 for program in programs
         )
 
     def _begin(self) -> Any:
-        return train.init_state(
+        state = train.init_state(
             jax.random.key(0),
             distill.init(self._variables),
             optimizer(),
             frozen=self._frozen,
         )
+        return state if self._mesh is None else parallel.replicate(state, self._mesh)
 
     def run(self) -> Any:
         """One update; the loss."""
@@ -152,8 +165,11 @@ class Form:
 class TeacherCall:
     """The teacher, compiled by itself and called before the step."""
 
-    def __init__(self, model: Model, variables: Variables):
+    def __init__(self, model: Model, variables: Variables, devices: int = 1):
         self._look = jax.jit(lambda variables, x: model.apply(variables, x)[0])
+        if devices > 1:
+            mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+            variables = parallel.replicate(variables, mesh)
         self._variables = variables
 
     def programs(self, batch: Any) -> list[Any]:
@@ -204,6 +220,23 @@ def forms(pair: Pair, folder: str) -> tuple[dict[str, Form], dict[str, peers.Ste
         "cached, on the disk": Form(step, own, batch, before=DiskCall(cache)),
         "labels alone": Form(alone, own, batch),
     }
+    if (cores := shards()) > 1:
+        on_all = f", {cores} devices"
+        ours |= {
+            f"online, one step{on_all}": Form(
+                step, own, batch, frozen={"teacher": given}, devices=cores
+            ),
+            f"online, two calls{on_all}": Form(
+                step, own, batch, before=TeacherCall(model, given, cores), devices=cores
+            ),
+            f"cached, on the device{on_all}": Form(
+                looked_up,
+                own,
+                batch,
+                frozen={"cache": cache.on_device()},
+                devices=cores,
+            ),
+        }
     weights = [to_torch(*variables) for variables in (given, own)]
     theirs = {
         layout: peers.make_step(
@@ -252,8 +285,8 @@ def measure(pair: Pair, rounds: int) -> dict[str, dict[str, float]]:
             runs[f"PyTorch, cached, {layout}"] = step.cached
         seconds = interleave(runs, rounds=rounds)
 
-    def peer(kind: str) -> float:
-        return min(x for n, x in seconds.items() if n.startswith(f"PyTorch, {kind}"))
+    def quickest(kind: str) -> float:
+        return min(x for n, x in seconds.items() if n.startswith(kind))
 
     online, cached = seconds["online, one step"], seconds["cached, on the device"]
     flops = {name: form.flops / 1e9 for name, form in ours.items()}
@@ -264,8 +297,12 @@ def measure(pair: Pair, rounds: int) -> dict[str, dict[str, float]]:
             "the same by FLOPs": flops["online, one step"]
             / flops["cached, on the device"],
             "one step over two calls": seconds["online, two calls"] / online,
-            "online over PyTorch's quickest": peer("online") / online,
-            "cached over PyTorch's quickest": peer("cached") / cached,
+            "quickest cached over quickest online": quickest("online")
+            / quickest("cached"),
+            "online over PyTorch's": quickest("PyTorch, online") / quickest("online"),
+            "cached over PyTorch's": quickest("PyTorch, cached") / quickest("cached"),
+            "the same on one device, online": quickest("PyTorch, online") / online,
+            "the same on one device, cached": quickest("PyTorch, cached") / cached,
         },
         "GFLOP": flops,
         "temporary megabytes": {name: form.megabytes for name, form in ours.items()},
@@ -449,6 +486,7 @@ def main() -> None:
     pairs = {n: p for n, p in PAIRS.items() if any(word in n for word in words)}
     if not pairs and not options.accuracy:
         parser.error(f"--only: no teacher of that name; there are {sorted(PAIRS)}")
+    jax.config.update("jax_num_cpu_devices", shards())
     seconds, facts = {}, {}
     for name, pair in pairs.items():
         found = measure(pair, options.rounds)
