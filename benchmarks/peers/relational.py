@@ -113,6 +113,15 @@ def _selectivity(student, teacher):
     return of_teacher + kernel(s, s) - 2 * kernel(s, t)
 
 
+def _channels(student, teacher):
+    def correlations(maps):
+        rows = maps.flatten(2)
+        return F.normalize(torch.bmm(rows, rows.transpose(1, 2)), dim=2)
+
+    difference = correlations(student) - correlations(teacher)
+    return difference.pow(2).sum() / (student.shape[0] * student.shape[1])
+
+
 ROWS: Rows = {
     "similarity_preserving": Row(
         losses.similarity_preserving, _similarity, FEATURES, of="RepDistiller"
@@ -159,5 +168,8 @@ ROWS: Rows = {
         _selectivity,
         FEWER_MAPS,
         of="RepDistiller, batch 64 of 16 x 16 x 64",
+    ),
+    "inter_channel_correlation": Row(
+        _mean(losses.inter_channel_correlation), _channels, MAPS, of="torchdistill"
     ),
 }

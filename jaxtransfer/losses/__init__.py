@@ -140,6 +140,7 @@ from jaxtransfer.losses.regularizers import (
 from jaxtransfer.losses.relational import (
     correlation_congruence,
     flow_of_solution_procedure,
+    inter_channel_correlation,
     neuron_selectivity_transfer,
     probabilistic_knowledge_transfer,
     relational_angle,
@@ -241,6 +242,7 @@ __all__ = [
     "hierarchical_context",
     "hint",
     "information_maximization",
+    "inter_channel_correlation",
     "init_synaptic_intelligence",
     "inverted_label_adversarial",
     "joint_maximum_mean_discrepancy",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
+from jaxtransfer.losses.maps import masked_maps
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.ops.kernels import self_squared_distances
 from jaxtransfer.typing import AnyArray
@@ -397,6 +398,63 @@ def neuron_selectivity_transfer(
         return jnp.mean(inner**2, axis=(1, 2))
 
     return mean(t, t) + mean(s, s) - 2.0 * mean(s, t)
+
+
+def inter_channel_correlation(
+    student_maps: Float[AnyArray, "batch *positions channels"],
+    teacher_maps: Float[AnyArray, "batch *_ channels"],
+    *,
+    where: Bool[AnyArray, " batch"] | None = None,
+) -> Float[Array, " batch"]:
+    """Inter-channel correlation (ICKD): which channels respond together.
+
+    ``|G_t - G_s|_F^2 / channels`` with G the matrix of inner products ``F' F`` of an
+    example's channels over all positions, every row scaled to length 1.
+
+    Args:
+        student_maps: [batch, ..., channels].
+        teacher_maps: As many channels; positions are free. No gradient flows into
+            them.
+        where: Which examples count [batch]; the others give 0 and no gradient.
+
+    Returns:
+        Losses [batch], 0 … 4, float32 or wider.
+
+    Raises:
+        ValueError: If examples or channels differ in number, there is no position, or
+            ``where`` does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
+        >>> print(f"{float(inter_channel_correlation(maps, 3.0 * maps)[0]):.4f}")
+        0.0000
+
+    Reference:
+        Liu et al., "Exploring Inter-Channel Correlation for Diversity-preserved
+        Knowledge Distillation", ICCV 2021, as in the authors' code. torchdistill
+        divides by the examples twice: its weight is this one's times their number.
+    """
+    student = masked_maps(student_maps, where)
+    teacher = jax.lax.stop_gradient(masked_maps(teacher_maps, where))
+    shapes = student.shape, teacher.shape
+    if min(student.ndim, teacher.ndim) < 3 or len({(s[0], s[-1]) for s in shapes}) > 1:
+        raise ValueError(
+            "student_maps and teacher_maps must be [batch, ..., channels] with a "
+            f"position, of the same batch and channels, got shapes {shapes[0]} and "
+            f"{shapes[1]}; bring the student's to the teacher's channels with a "
+            "learned projection."
+        )
+
+    def correlations(maps):
+        rows = maps.reshape(len(maps), -1, maps.shape[-1])
+        inner = jnp.einsum(
+            "bpc,bpd->bcd", rows, rows, precision=jax.lax.Precision.HIGHEST
+        )
+        return _unit(inner, axis=2)
+
+    difference = correlations(student) - correlations(teacher)
+    return jnp.sum(difference**2, axis=(1, 2)) / student.shape[-1]
 
 
 def _pair(student, teacher, where):

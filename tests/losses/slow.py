@@ -234,6 +234,16 @@ def selectivity(s, t):
     return mean(b, b) + mean(a, a) - 2 * mean(a, b)
 
 
+@each
+def together(s, t):
+    total, channels = 0.0, range(s.shape[-1])
+    for c in channels:
+        a, b = ([(x[..., c] * x[..., d]).sum() for d in channels] for x in (s, t))
+        a, b = np.array(a), np.array(b)
+        total += squared(a / length(a), b / length(b))
+    return total / s.shape[-1]
+
+
 # Predictions without labels.
 
 

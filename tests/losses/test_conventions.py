@@ -95,7 +95,8 @@ def test_reference_names_the_paper_and_the_place(name):
     reference = inspect.getdoc(PUBLIC[name][1]).partition("\nReference:\n")[2]
     assert re.search(r'".+?"'.replace(".", r"[\s\S]"), reference), "no title"
     assert re.search(r"\b(19|20)\d\d\b", reference), "no year"
-    assert re.search(r"\b(eqs?\.|sec\.) \d", reference), "no equation or section"
+    place = r"\b(eqs?\.|sec\.) \d|authors'\s+code"
+    assert re.search(place, reference), "no equation, section or authors' code"
 
 
 @every

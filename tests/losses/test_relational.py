@@ -94,6 +94,13 @@ GOLDEN = {
         0.360538929318,
         0.04169225522,
     ),
+    "channels": (
+        # The peer's value is divided by the number of examples once more.
+        lambda s, t: _mean(relational.inter_channel_correlation)(s, t) / len(s),
+        (_maps((8, 6, 4, 4), 3), SIX),
+        0.0635565780558,
+        0.0154549069479,
+    ),
 }
 
 
@@ -131,3 +138,6 @@ def test_says_what_is_wrong(types_unchecked):
         relational.flow_of_solution_procedure(maps, maps[:, :2], maps, maps)
     with pytest.raises(ValueError, match="must agree in batch, height and width"):
         relational.neuron_selectivity_transfer(maps, maps[:, :2])
+    for wrong in (maps[..., :2], maps[:1], jnp.ones((2, 3))):
+        with pytest.raises(ValueError, match="of the same batch and channels"):
+            relational.inter_channel_correlation(maps, wrong)

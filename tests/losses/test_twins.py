@@ -194,6 +194,10 @@ TWINS = {
         *_pair("neuron_selectivity_transfer", slow.selectivity, NEXT),
         MAPS,
     ),
+    "channels together": (
+        *_pair("inter_channel_correlation", slow.together, LARGE[..., :2]),
+        MAPS,
+    ),
     "entropy": (*_pair("entropy", slow.entropy), LOGITS),
     "diversity": (*_pair("diversity", slow.diversity), LOGITS),
     "information": (

@@ -40,4 +40,10 @@ CASES = [
         per_example=True,
         **PAIR,
     ),
+    Case(
+        relational.inter_channel_correlation,
+        (MAPS[0], det((3, 3, 2, 4), 99)),
+        per_example=True,
+        **PAIR,
+    ),
 ]
