@@ -160,8 +160,8 @@ def read_teacher(config: Config, model: Model) -> Variables:
     return pretrained.load(weights_file(config), model, image)[0]
 
 
-def resnet(config: Config, depth: int) -> Model:
-    return from_linen(nets.ResNet(10, depth=depth, filters=config.filters))
+def resnet(config: Config, depth: int, **options: Any) -> Model:
+    return from_linen(nets.ResNet(10, depth=depth, filters=config.filters, **options))
 
 
 def look(
@@ -234,7 +234,9 @@ class Student(NamedTuple):
 
 def make_student(config: Config, row: str, teacher: Model) -> Student:
     """The objective of a row, and what belongs to it."""
-    student = resnet(config, config.student_depth)
+    # Students under vmap are grouped convolutions otherwise, which a CPU is slow at.
+    layer = {"conv": nets.PatchConv} if row == MUTUAL else {}
+    student = resnet(config, config.student_depth, **layer)
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.updates)
     optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay),

@@ -1,0 +1,18 @@
+import flax.linen as nn
+import jax
+import numpy as np
+
+from jaxtransfer import nets
+
+
+def test_a_cohort_of_resnets_is_the_same_by_both_convolutions():
+    inputs = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    keys = jax.random.split(jax.random.key(1), 2)
+
+    def outputs(conv):
+        net = nets.ResNet(4, depth=8, filters=4, conv=conv)
+        cohort = jax.vmap(net.init, (0, None))(keys, inputs)
+        return jax.jit(jax.vmap(net.apply, (0, None)))(cohort, inputs)
+
+    ours, theirs = outputs(nets.PatchConv), outputs(nn.Conv)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
