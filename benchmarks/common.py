@@ -54,6 +54,12 @@ def interleave(
     return {name: statistics.median(spent) for name, spent in times.items()}
 
 
+def shards(count: int) -> int:
+    """How many devices share ``count`` examples or tasks evenly, at most one a core."""
+    cores = os.cpu_count() or 1
+    return max(n for n in range(1, cores + 1) if count % n == 0)
+
+
 def in_fresh_process(run: Callable[..., Any], *arguments: Any) -> Any:
     """What a call returns in a process of its own, whose memory only it has used.
 

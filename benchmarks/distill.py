@@ -17,7 +17,6 @@ trained in turn.
 """
 
 import argparse
-import math
 import os
 import sys
 import tempfile
@@ -31,7 +30,7 @@ import numpy as np
 import optax
 import torch
 
-from benchmarks.common import interleave, report
+from benchmarks.common import interleave, report, shards
 from benchmarks.peers import distill as peers
 from jaxtransfer import data, nets, parallel, pretrained, train, tree
 from jaxtransfer.methods import distill
@@ -59,11 +58,6 @@ PAIRS = {
     "ResNet-20, four times as wide": Pair(20, 64),
 }
 STUDENT = Pair(8)
-
-
-def shards() -> int:
-    """How many devices share the batch evenly, at most one a core."""
-    return math.gcd(BATCH, os.cpu_count() or 1)
 
 
 def network(pair: Pair) -> Model:
@@ -132,8 +126,9 @@ class Form:
             batch = before(batch)
         lower = self._step.lower  # pyright: ignore[reportFunctionMemberAccess]
         programs.append(lower(self._state, batch).compile())
-        self.flops = sum(program.cost_analysis()["flops"] for program in programs)
-        self.flops *= devices
+        self.flops = devices * sum(
+            program.cost_analysis()["flops"] for program in programs
+        )
         self.megabytes = devices * max(
             program.memory_analysis().temp_size_in_bytes / 1e6 for program in programs
         )
@@ -220,7 +215,8 @@ def forms(pair: Pair, folder: str) -> tuple[dict[str, Form], dict[str, peers.Ste
         "cached, on the disk": Form(step, own, batch, before=DiskCall(cache)),
         "labels alone": Form(alone, own, batch),
     }
-    if (cores := shards()) > 1:
+    # As many as `main` has asked for on a CPU; of accelerators those that are there.
+    if (cores := min(shards(BATCH), jax.device_count())) > 1:
         on_all = f", {cores} devices"
         ours |= {
             f"online, one step{on_all}": Form(
@@ -486,7 +482,7 @@ def main() -> None:
     pairs = {n: p for n, p in PAIRS.items() if any(word in n for word in words)}
     if not pairs and not options.accuracy:
         parser.error(f"--only: no teacher of that name; there are {sorted(PAIRS)}")
-    jax.config.update("jax_num_cpu_devices", shards())
+    jax.config.update("jax_num_cpu_devices", shards(BATCH))
     seconds, facts = {}, {}
     for name, pair in pairs.items():
         found = measure(pair, options.rounds)

@@ -16,7 +16,6 @@ beside its inputs and results; the growth of a fresh process for PyTorch.
 import argparse
 import functools
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +30,13 @@ import optax
 import torch
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.common import in_fresh_process, interleave, peak_memory, report
+from benchmarks.common import (
+    in_fresh_process,
+    interleave,
+    peak_memory,
+    report,
+    shards,
+)
 from benchmarks.peers import maml as peers
 from jaxtransfer import nets, parallel, train, tree
 from jaxtransfer.methods import meta
@@ -116,12 +121,6 @@ class InJax:
         gradient = jax.tree.map(lambda m: 10 * m, optax.tree.get(state.opt_state, "mu"))
         loss = train.metrics.finalize(measured)["loss"]
         return float(loss), jax.device_get(tree.flatten(gradient))
-
-
-def shards() -> int:
-    """How many devices share the tasks evenly, at most one a core."""
-    cores = os.cpu_count() or 1
-    return max(n for n in range(1, cores + 1) if TASKS % n == 0)
 
 
 # --- in PyTorch -----------------------------------------------------------------------
@@ -222,9 +221,9 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
     start = jax.jit(network(setting).init)(jax.random.key(1), example)
     weights = to_torch(tree.flatten(start.params), setting)
     ours = {"jaxtransfer, one device": InJax(setting, start)}
-    if shards() > 1:
-        ours[f"jaxtransfer, {shards()} devices"] = InJax(
-            setting, start, devices=shards()
+    if shards(TASKS) > 1:
+        ours[f"jaxtransfer, {shards(TASKS)} devices"] = InJax(
+            setting, start, devices=shards(TASKS)
         )
     slow = {}
     if name == WITH_PLAIN:
@@ -271,7 +270,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
-    jax.config.update("jax_num_cpu_devices", shards())
+    jax.config.update("jax_num_cpu_devices", shards(TASKS))
     seconds, facts = {}, {}
     for name in SETTINGS:
         if not any(word in name for word in options.only):

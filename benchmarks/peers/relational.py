@@ -170,6 +170,6 @@ ROWS: Rows = {
         of="RepDistiller, batch 64 of 16 x 16 x 64",
     ),
     "inter_channel_correlation": Row(
-        _mean(losses.inter_channel_correlation), _channels, MAPS, of="torchdistill"
+        _mean(losses.inter_channel_correlation), _channels, MAPS, of="ICKD's authors"
     ),
 }

@@ -394,8 +394,7 @@ def neuron_selectivity_transfer(
     s, t = _unit(student, axis=1), _unit(teacher, axis=1)
 
     def mean(a, b):
-        inner = jnp.einsum("bpc,bpd->bcd", a, b, precision=jax.lax.Precision.HIGHEST)
-        return jnp.mean(inner**2, axis=(1, 2))
+        return jnp.mean(_channel_products(a, b) ** 2, axis=(1, 2))
 
     return mean(t, t) + mean(s, s) - 2.0 * mean(s, t)
 
@@ -448,10 +447,7 @@ def inter_channel_correlation(
 
     def correlations(maps):
         rows = maps.reshape(len(maps), -1, maps.shape[-1])
-        inner = jnp.einsum(
-            "bpc,bpd->bcd", rows, rows, precision=jax.lax.Precision.HIGHEST
-        )
-        return _unit(inner, axis=2)
+        return _unit(_channel_products(rows, rows), axis=2)
 
     difference = correlations(student) - correlations(teacher)
     return jnp.sum(difference**2, axis=(1, 2)) / student.shape[-1]
@@ -494,10 +490,14 @@ def _flow(name, first, second, where):
             f"{first.shape[:2]} and {second.shape[:2]} (batch, places); pool the "
             "larger."
         )
-    product = jnp.einsum(
+    return _channel_products(first, second) / first.shape[1]
+
+
+def _channel_products(first, second):
+    """Inner products over the places, [batch, channels, channels]."""
+    return jnp.einsum(
         "bpc,bpd->bcd", first, second, precision=jax.lax.Precision.HIGHEST
     )
-    return product / first.shape[1]
 
 
 def _adjacent(difference, counts):

@@ -94,7 +94,7 @@ def on_policy(
     Example:
         >>> from jaxtransfer.methods import distill
         >>> def same(student, batch, key):
-        ...     return batch["target"]
+        ...     return batch["labels"]
         >>> on_policy(lambda *given: given, same, begin=1, share=2.0)
         Traceback (most recent call last):
         ...
