@@ -13,7 +13,7 @@ from jaxtransfer.losses.sets import check_widths, weighted_rows
 from jaxtransfer.ops.fourier import fourier_sums
 from jaxtransfer.ops.kernels import mean_squared_distance, squared_distances
 from jaxtransfer.ops.order import kth_smallest
-from jaxtransfer.ops.pairwise import KernelSums, gaussian_kernel_sums
+from jaxtransfer.ops.pairwise import gaussian_kernel_sum
 from jaxtransfer.typing import AnyArray
 
 LEAST_ROWS = {"biased": 1, "unbiased": 2, "linear": 2, "block": 2, "fourier": 1}
@@ -133,9 +133,7 @@ def maximum_mean_discrepancy(
         drawn = _frequencies(key, source, frequencies)
         value = _by_frequencies(local, given, kernels, weights, drawn, axis_name)
     else:
-        sums, offset = _kernel_sums(local, given, kernels, weights, axis_name)
-        alike = jnp.sum(weights) - offset  # a row with itself
-        value = estimate(sums, jnp.sum(given[2]), jnp.sum(given[3]), estimator, alike)
+        value = _by_pairs(local, given, kernels, weights, estimator, axis_name)
     # Equal on all devices, which only the mean lets `shard_map` know.
     return value if axis_name is None else jax.lax.pmean(value, axis_name)
 
@@ -143,20 +141,17 @@ def maximum_mean_discrepancy(
 mmd = maximum_mean_discrepancy
 
 
-def estimate(sums, n, m, estimator, alike):
-    """The discrepancy from the sums over distinct pairs, 0 with too few rows.
-
-    ``alike`` is the value of the kernel for a row with itself.
-    """
+def coefficients(n, m, estimator):
+    """Of the three sums over distinct pairs, and of a row with itself; 0 if too few."""
     least = LEAST_ROWS[estimator]
     enough = (n >= least) & (m >= least)
     n, m = jnp.where(enough, n, least), jnp.where(enough, m, least)
-    between = 2.0 * (sums.between / (n * m))
     if estimator == "biased":
-        within = (sums.within_x + n * alike) / n**2 + (sums.within_y + m * alike) / m**2
+        sums, itself = (1 / n**2, 1 / m**2, -2.0 / (n * m)), 1 / n + 1 / m
     else:
-        within = sums.within_x / (n * (n - 1)) + sums.within_y / (m * (m - 1))
-    return jnp.where(enough, within - between, 0.0)
+        itself = jnp.zeros_like(n)
+        sums = 1 / (n * (n - 1)), 1 / (m * (m - 1)), -2.0 / (n * m)
+    return jnp.where(enough, jnp.stack(sums), 0.0), jnp.where(enough, itself, 0.0)
 
 
 def bandwidths(rows, weights, multipliers, bandwidth):
@@ -210,19 +205,19 @@ def _kernel_weights(given, kernels):
     return weights
 
 
-def _kernel_sums(local, every, kernels, weights, axis_name):
-    """The sums over distinct pairs, of the kernel less an offset, and the offset."""
+def _by_pairs(local, every, kernels, weights, estimator, axis_name):
+    """The estimate from all pairs, of the kernel less a typical value of it."""
     source, target, u, v = local
     every_source, every_target, p, q = every
-    rows, counts = (
-        jnp.concatenate([every_source, every_target]),
-        jnp.concatenate([p, q]),
+    typical = mean_squared_distance(
+        every_source, every_target, where=jnp.concatenate([p, q])
     )
-    typical = jax.lax.stop_gradient(mean_squared_distance(rows, where=counts))
-    offset = jnp.sum(weights * jnp.exp(-typical / kernels))
-    sums = gaussian_kernel_sums(
+    offset = jnp.sum(weights * jnp.exp(-jax.lax.stop_gradient(typical) / kernels))
+    of_sums, of_itself = coefficients(jnp.sum(p), jnp.sum(q), estimator)
+    pairs = gaussian_kernel_sum(
         source,
         target,
+        coefficients=of_sums,
         bandwidths=kernels,
         kernel_weights=weights,
         x_weights=u,
@@ -230,7 +225,7 @@ def _kernel_sums(local, every, kernels, weights, axis_name):
         offset=offset,
         axis_name=axis_name,
     )
-    return sums, offset
+    return pairs + of_itself * (jnp.sum(weights) - offset)
 
 
 def _frequencies(key, rows, count):
@@ -267,7 +262,7 @@ def sums_of(kernel, u, v):
     n = len(u)
     kernel = jnp.where(jnp.eye(len(kernel), dtype=bool), 0.0, kernel)
     by_source, by_target = kernel[:, :n] @ u, kernel[:, n:] @ v
-    return KernelSums(u @ by_source[:n], v @ by_target[n:], u @ by_target[:n])
+    return jnp.stack([u @ by_source[:n], v @ by_target[n:], u @ by_target[:n]])
 
 
 def kernel_of(distances, kernels, weights):
@@ -294,20 +289,21 @@ def _by_blocks(given, kernels, weights, size):
         return rows[: count * size].reshape(count, size, *rows.shape[1:])
 
     def one(source, target, u, v):
-        sums = gaussian_kernel_sums(
+        each = 1.0 / (size * (size - 1))
+        pairs = gaussian_kernel_sum(
             source,
             target,
+            coefficients=(each, each, -2.0 * each),
             bandwidths=kernels,
             kernel_weights=weights,
             x_weights=u,
             y_weights=v,
         )
-        within = (sums.within_x + sums.within_y) / (size * (size - 1))
         # Without the pairs of equal places, so that the estimate is a U-statistic of
         # pairs (s_i, t_i).
         at_once = jnp.sum((source - target) ** 2, axis=1)
         paired = u * v @ kernel_of(at_once, kernels, weights)
-        value = within - 2.0 * (sums.between - paired) / (size * (size - 1))
+        value = pairs + 2.0 * each * paired
         return value, jnp.all(u > 0) & jnp.all(v > 0)
 
     values, whole = jax.vmap(one)(*map(blocks, (source, target, u, v)))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtransfer.losses.discrepancy import bandwidths, estimate, kernel_of, sums_of
+from jaxtransfer.losses.discrepancy import bandwidths, coefficients, kernel_of, sums_of
 from jaxtransfer.losses.sets import (
     check_widths,
     checked_labels,
@@ -93,7 +93,8 @@ def joint_maximum_mean_discrepancy(
         ones = jnp.ones_like(kernels)
         product = product * kernel_of(squared_distances(rows, rows), kernels, ones)
         alike = alike * jnp.sum(ones)
-    return estimate(sums_of(product, u, v), jnp.sum(u), jnp.sum(v), estimator, alike)
+    of_sums, of_itself = coefficients(jnp.sum(u), jnp.sum(v), estimator)
+    return of_sums @ sums_of(product, u, v) + of_itself * alike
 
 
 def local_maximum_mean_discrepancy(

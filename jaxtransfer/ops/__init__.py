@@ -7,7 +7,7 @@ from jaxtransfer.ops.kernels import (
     self_squared_distances,
     squared_distances,
 )
-from jaxtransfer.ops.pairwise import gaussian_kernel_sums
+from jaxtransfer.ops.pairwise import gaussian_kernel_sum
 from jaxtransfer.ops.patches import conv, max_pool
 from jaxtransfer.ops.pooling import adaptive_average_pool
 from jaxtransfer.ops.ramps import cosine, dann, linear, progress
@@ -26,7 +26,7 @@ __all__ = [
     "cosine",
     "dann",
     "fourier_sums",
-    "gaussian_kernel_sums",
+    "gaussian_kernel_sum",
     "gradient_reversal",
     "linear",
     "max_pool",

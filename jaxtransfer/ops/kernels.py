@@ -69,7 +69,9 @@ def self_squared_distances(x: Float[Array, "n features"]) -> Float[Array, "n n"]
 
 
 def mean_squared_distance(
-    x: Float[Array, "n features"], *, where: Shaped[Array, " n"] | None = None
+    x: Float[Array, "n features"],
+    *more: Float[Array, "_ features"],
+    where: Shaped[Array, " rows"] | None = None,
 ) -> Float[Array, ""]:
     """Mean squared distance between distinct rows, without forming the pairs.
 
@@ -77,30 +79,46 @@ def mean_squared_distance(
 
     Args:
         x: Rows [n, features].
-        where: Rows that count [n], booleans or non-negative weights; default all.
+        *more: Further sets, whose rows are taken with those of ``x`` as one set.
+        where: Rows that count, of all sets one after the other, booleans or
+            non-negative weights [rows]; default all.
 
     Returns:
         Scalar, float32 or wider; 0 with fewer than two rows.
 
     Raises:
-        ValueError: If the input is not a matrix.
+        ValueError: If the input is not a matrix, or the sets' features differ.
 
     Example:
         >>> import jax.numpy as jnp
         >>> float(mean_squared_distance(jnp.array([[0.0], [2.0]])))
         4.0
     """
-    _check_rows("x", x)
-    x = _widen(x)
-    if where is None:
-        weights = jnp.ones(len(x), x.dtype)
-    else:
-        weights = where.astype(x.dtype)
-        x = jnp.where(weights[:, None] > 0, x, 0.0)
-    total = jnp.sum(weights)
-    mean = weights @ x / jnp.where(total > 0, total, 1.0)
-    scatter = jnp.sum(weights * jnp.sum((x - mean) ** 2, axis=1))
-    pairs = total**2 - jnp.sum(weights**2)
+    sets, count = (x, *more), 0
+    for rows in sets:
+        _check_rows("x", rows)
+        if rows.shape[1] != x.shape[1]:
+            raise ValueError(
+                "all sets must have the same number of features, got shapes "
+                f"{[rows.shape for rows in sets]}."
+            )
+    sets = [_widen(rows) for rows in sets]
+    weights = []
+    for i, rows in enumerate(sets):
+        if where is None:
+            weights.append(jnp.ones(len(rows), rows.dtype))
+        else:
+            weights.append(where[count : count + len(rows)].astype(rows.dtype))
+            count += len(rows)
+            sets[i] = jnp.where(weights[-1][:, None] > 0, rows, 0.0)
+    total = sum(jnp.sum(w) for w in weights)
+    pairs = total**2 - sum(jnp.sum(w**2) for w in weights)
+    sums = sum(w @ rows for w, rows in zip(weights, sets, strict=True))
+    mean = sums / jnp.where(total > 0, total, 1.0)
+    scatter = sum(
+        jnp.sum(w * jnp.sum((rows - mean) ** 2, axis=1))
+        for w, rows in zip(weights, sets, strict=True)
+    )
     mean_distance = 2.0 * total * scatter / jnp.where(pairs > 0, pairs, 1.0)
     return jnp.where(pairs > 0, mean_distance, 0.0)
 

@@ -1,7 +1,7 @@
 """Sums of Gaussian kernels over all pairs of two sets, in tiles: any size fits."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,11 @@ from jaxtyping import Array, Float
 from jaxtransfer.ops.varying import vary, varying_axes
 
 
-class KernelSums(NamedTuple):
-    """Weighted sums of a kernel over pairs of rows.
-
-    Attributes:
-        within_x: Over pairs of different rows of x, both orders, ``[]``.
-        within_y: Over pairs of different rows of y, both orders, ``[]``.
-        between: Over all pairs of a row of x and a row of y, ``[]``.
-    """
-
-    within_x: Array
-    within_y: Array
-    between: Array
-
-
-def gaussian_kernel_sums(
+def gaussian_kernel_sum(
     x: Float[Array, "n features"],
     y: Float[Array, "m features"],
     *,
+    coefficients: Float[Array, "3"] | tuple[float, float, float] = (1.0, 1.0, 1.0),
     bandwidths: Float[Array, " kernels"] | tuple[float, ...] = (1.0,),
     kernel_weights: Float[Array, " kernels"] | None = None,
     x_weights: Float[Array, " n"] | None = None,
@@ -36,32 +23,34 @@ def gaussian_kernel_sums(
     offset: Float[Array, ""] | float = 0.0,
     tile: int = 512,
     axis_name: str | None = None,
-) -> KernelSums:
-    """Sums of Gaussian kernels within and between two sets, never as an n x m matrix.
+) -> Float[Array, ""]:
+    """Sum of Gaussian kernels within and between two sets, never as an n x m matrix.
 
-    ``sum_ij u_i v_j k(x_i, y_j)`` with ``k(a, b) = sum_k w_k exp(-|a - b|^2 / b_k)``,
-    and the same within x and within y without the pairs of a row with itself. The
-    rows are taken in square tiles, those within a set once for both orders. When
-    differentiated, the gradient is summed in the same pass, so memory is
-    O((n + m) features + tile^2). Tiles are added with compensation.
+    ``c_1 S_xx + c_2 S_yy + c_3 S_xy`` with ``S_xy = sum_ij u_i v_j k(x_i, y_j)`` and
+    ``k(a, b) = sum_k w_k exp(-|a - b|^2 / b_k)``; S_xx and S_yy are the same within x
+    and within y, over pairs of different rows in both orders. The rows are taken in
+    square tiles, those within a set once for both orders. When differentiated, the
+    gradient is summed in the same pass, so memory beside the arguments and the result
+    is O((n + m) features + tile^2). Tiles are added with compensation.
 
     Args:
         x: Rows [n, features].
         y: Rows [m, features].
+        coefficients: c [3], of the sums within x, within y and between them.
         bandwidths: b_k [kernels], positive, in units of squared distance.
         kernel_weights: w_k [kernels]; default 1.
         x_weights: u_i [n]; default 1. Rows with weight 0 may not hold NaN.
         y_weights: v_j [m]; default 1.
-        offset: Subtracted from every value of the kernel. A combination of the sums in
-            which it cancels, as in a discrepancy, keeps more digits if it is a typical
-            value of the kernel.
+        offset: Subtracted from every value of the kernel. If it cancels in the
+            combination, as in a discrepancy, more digits are kept with a typical value
+            of the kernel.
         tile: Rows of a tile.
         axis_name: Name of a mapped axis (of ``shard_map`` or ``pmap``) that the rows
-            are divided over: the sums are those of the rows of all devices, and every
+            are divided over: the sum is that of the rows of all devices, and every
             device computes its share of the tiles.
 
     Returns:
-        `KernelSums`, float32 or wider. Their gradient reaches x and y only; second
+        Scalar, float32 or wider. Its gradient reaches x and y only; second
         derivatives work, at the memory of all tiles.
 
     Raises:
@@ -70,9 +59,10 @@ def gaussian_kernel_sums(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> sums = gaussian_kernel_sums(jnp.zeros((2, 1)), jnp.ones((3, 1)))
-        >>> print([f"{float(value):.4f}" for value in sums])
-        ['2.0000', '6.0000', '2.2073']
+        >>> x, y = jnp.zeros((2, 1)), jnp.ones((3, 1))
+        >>> between = gaussian_kernel_sum(x, y, coefficients=(0.0, 0.0, 1.0))
+        >>> print(f"{between:.4f} = 6 exp(-1)")
+        2.2073 = 6 exp(-1)
     """
     if jnp.ndim(x) != 2 or jnp.ndim(y) != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(
@@ -87,13 +77,14 @@ def gaussian_kernel_sums(
     given = (
         jnp.ones(len(x), dtype) if x_weights is None else x_weights.astype(dtype),
         jnp.ones(len(y), dtype) if y_weights is None else y_weights.astype(dtype),
+        jnp.asarray(coefficients, dtype),
         bandwidths,
         jnp.ones_like(bandwidths)
         if kernel_weights is None
         else jnp.asarray(kernel_weights, dtype),
         jnp.asarray(offset, dtype),
     )
-    u, v, *kernel = jax.lax.stop_gradient(given)
+    u, v, *given = jax.lax.stop_gradient(given)
     if axis_name is not None:
         gather = functools.partial(
             jax.lax.all_gather, axis_name=axis_name, axis=0, tiled=True
@@ -107,104 +98,104 @@ def gaussian_kernel_sums(
     bits = jnp.finfo(dtype)
     shift = jax.lax.reduce_precision(shift, bits.nexp, bits.nmant - 3)
     shift = jax.lax.stop_gradient(shift)
-    totals: Any = _sums(tile, axis_name, x - shift, y - shift, u, v, *kernel)
-    sums = KernelSums(*totals)
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    value: Any = _sum(tile, axis_name, x, y, shift, u, v, *given)
+    return value if axis_name is None else jax.lax.psum(value, axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(tile, axis_name, *arrays):
+def _sum(tile, axis_name, *arrays):
     return _pass(tile, axis_name, False, *arrays)[0]
 
 
-def _sums_forward(tile, axis_name, *arrays):
-    sums, slopes = _pass(tile, axis_name, True, *arrays)
-    return sums, (slopes, arrays)
+def _sum_forward(tile, axis_name, *arrays):
+    value, gradients = _pass(tile, axis_name, True, *arrays)
+    return value, (gradients, arrays)
 
 
-def _sums_backward(tile, axis_name, residuals, cotangents):
-    (own_x, own_y, cross_x, cross_y), (_, _, *rest) = residuals
-    of_x, of_y, of_both = cotangents
-    gradient_x = of_x * own_x + of_both * cross_x
-    gradient_y = of_y * own_y + of_both * cross_y
-    return gradient_x, gradient_y, *map(jnp.zeros_like, rest)
+def _sum_backward(tile, axis_name, residuals, cotangent):
+    (of_x, of_y), (_, _, *rest) = residuals
+    return cotangent * of_x, cotangent * of_y, *map(jnp.zeros_like, rest)
 
 
-_sums.defvjp(_sums_forward, _sums_backward)
+_sum.defvjp(_sum_forward, _sum_backward)
 
 
-def _pass(tile, axis_name, with_slopes, x, y, u, v, *kernel):
-    """The three sums and, if asked for, their gradients by x and y, in one sweep."""
+def _pass(tile, axis_name, with_slopes, x, y, shift, u, v, coefficients, *kernel):
+    """The sum and, if asked for, its gradients by x and y, in one sweep."""
     if axis_name is None and max(len(x), len(y)) <= tile:
-        return _at_once(with_slopes, x, y, u, v, kernel)
+        return _at_once(with_slopes, x - shift, y - shift, u, v, coefficients, kernel)
     # Short sets need no tile longer than they are.
     tile = min(tile, max(len(x), len(y), 1))
-    rows, weights = (_padded(*pair, tile) for pair in ((x, y), (u, v)))
+    x, y, u, v = vary((x, y, u, v), varying_axes((x, y, u, v)))
+    of_x, of_y = -(-len(x) // tile), -(-len(y) // tile)
+    weights = jnp.concatenate([_padded(u, of_x * tile), _padded(v, of_y * tile)])
+    sets = _padded(x, tile), _padded(y, tile)
 
-    def cut(array, start):
-        return jax.lax.dynamic_slice_in_dim(array, start * tile, tile)
-
-    def columns(start):
-        """Weighted rows and weights: a product with slopes gives their sums too."""
-        extended = jnp.pad(cut(rows, start), ((0, 0), (0, 1)), constant_values=1.0)
-        return extended * cut(weights, start)[:, None]
+    def stretch(index):
+        """Its rows, without a copy of the sets, and their weights: 0 beyond the end."""
+        rows = jax.lax.cond(
+            index < of_x,
+            lambda: _cut(sets[0], index, tile),
+            lambda: _cut(sets[1], index - of_x, tile),
+        )
+        return rows - shift, jax.lax.dynamic_slice_in_dim(weights, index * tile, tile)
 
     def step(carry, where, of_one):
         """One tile: of the pairs within one stretch of rows, or of two stretches."""
         totals, lost, slopes = carry
         p, q, kind, live = where
-        both = (cut(rows, p), cut(rows, q)), (cut(weights, p), cut(weights, q))
-        value, slope = _tile(*both, kernel, of_one)
+        first, second = stretch(p), stretch(q)
+        rows, both = zip(first, second, strict=True)
+        value, slope = _tile(rows, both, kernel, of_one)
         # Pairs within a set count in both orders: two stretches have one of them.
         orders = jnp.where(kind < 2, 2.0, 1.0)
         value = live * (1.0 if of_one else orders) * value
         totals, lost = _compensated(totals, lost, kind, value)
         if with_slopes:
-            slope = live * orders * slope
-            plane = (kind == 2).astype(jnp.int32)
-            slopes = _added(slopes, plane, p * tile, _product(slope, columns(q)))
+            slope = live * orders * coefficients[kind] * slope
+            slopes = _added(slopes, p * tile, _product(slope, _weighted(*second)))
             if not of_one:
-                moved = _product(slope.T, columns(p))
-                slopes = _added(slopes, plane, q * tile, moved)
+                moved = _product(slope.T, _weighted(*first))
+                slopes = _added(slopes, q * tile, moved)
         return (totals, lost, slopes), None
 
-    zeros = jnp.zeros(3, rows.dtype)
-    shape = (2, len(rows), x.shape[1] + 1) if with_slopes else ()
-    slopes = jnp.zeros(shape, rows.dtype)
+    zeros = jnp.zeros(3, x.dtype)
+    slopes = jnp.zeros((len(weights), x.shape[1] + 1) if with_slopes else (), x.dtype)
     carry = zeros, zeros, slopes
     for of_one in (True, False):
-        order = _tiles(-(-len(x) // tile), -(-len(y) // tile), of_one, axis_name)
-        carry = vary(carry, varying_axes((rows, order)))
+        order = _tiles(of_x, of_y, of_one, axis_name)
+        carry = vary(carry, varying_axes((x, order)))
         carry, _ = jax.lax.scan(functools.partial(step, of_one=of_one), carry, order)
     totals, lost, slopes = carry
-    totals = totals + lost
+    value = coefficients @ (totals + lost)
     if not with_slopes:
-        return tuple(totals), None
-    gradient = weights[:, None] * (slopes[..., -1:] * rows - slopes[..., :-1])
-    cut_y = (-(-len(x) // tile)) * tile
-    own_x, cross_x = gradient[:, : len(x)]
-    own_y, cross_y = gradient[:, cut_y : cut_y + len(y)]
-    return tuple(totals), (own_x, own_y, cross_x, cross_y)
+        return value, None
+
+    def gradient(rows, weights, slopes):
+        slopes = slopes[: len(rows)]
+        moved = slopes[:, -1:] * (rows - shift) - slopes[:, :-1]
+        return weights[:, None] * moved
+
+    return value, (gradient(x, u, slopes), gradient(y, v, slopes[of_x * tile :]))
 
 
-def _at_once(with_slopes, x, y, u, v, kernel):
+def _at_once(with_slopes, x, y, u, v, coefficients, kernel):
     """The same of sets that are no longer than a tile: no loop, nothing padded."""
     within_x, of_x = _tile((x, x), (u, u), kernel, True)
     within_y, of_y = _tile((y, y), (v, v), kernel, True)
     between, of_both = _tile((x, y), (u, v), kernel, False)
-    sums = within_x, within_y, between
+    value = coefficients @ jnp.stack([within_x, within_y, between])
     if not with_slopes:
-        return sums, None
+        return value, None
 
     def gradient(slope, rows, others, u, v):
         slope = u[:, None] * slope * v
         return jnp.sum(slope, axis=1)[:, None] * rows - _product(slope, others)
 
-    return sums, (
-        gradient(2.0 * of_x, x, x, u, u),
-        gradient(2.0 * of_y, y, y, v, v),
-        gradient(of_both, x, y, u, v),
-        gradient(of_both.T, y, x, v, u),
+    by_x, by_y, by_both = coefficients * jnp.array([2.0, 2.0, 1.0], x.dtype)
+    return value, (
+        gradient(by_x * of_x, x, x, u, u) + gradient(by_both * of_both, x, y, u, v),
+        gradient(by_y * of_y, y, y, v, v) + gradient(by_both * of_both.T, y, x, v, u),
     )
 
 
@@ -236,21 +227,29 @@ def _product(a, b):
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _added(array, plane, start, part):
-    """The array with a part added to rows of one of its two planes."""
-    place = plane, start, jnp.zeros_like(plane)
-    before = jax.lax.dynamic_slice(array, place, (1, *part.shape))
-    return jax.lax.dynamic_update_slice(array, before + part, place)
+def _cut(rows, index, tile):
+    """A tile of at least as many rows; beyond their end, any of them."""
+    start = index * tile
+    part = jax.lax.dynamic_slice_in_dim(rows, start, tile)  # the last rows, at the end
+    return jnp.roll(part, jnp.minimum(len(rows) - tile - start, 0), axis=0)
 
 
-def _padded(first, second, tile):
-    """Both sets, each filled up with zeros to whole tiles."""
-    return jnp.concatenate(
-        [
-            jnp.pad(part, ((0, -len(part) % tile),) + ((0, 0),) * (part.ndim - 1))
-            for part in (first, second)
-        ]
-    )
+def _weighted(rows, weights):
+    """Weighted rows and weights: a product with slopes gives their sums too."""
+    extended = jnp.pad(rows, ((0, 0), (0, 1)), constant_values=1.0)
+    return extended * weights[:, None]
+
+
+def _added(array, start, part):
+    """The array with a part added to its rows from a start."""
+    before = jax.lax.dynamic_slice_in_dim(array, start, len(part))
+    return jax.lax.dynamic_update_slice_in_dim(array, before + part, start, axis=0)
+
+
+def _padded(array, least):
+    """With zeros at its end, to at least so many rows."""
+    missing = max(least - len(array), 0)
+    return jnp.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1))
 
 
 def _tiles(of_x, of_y, of_one, axis_name):

@@ -63,7 +63,7 @@ def test_docstring_says_what_it_takes_and_returns(module, function):
     assert [t for t in order if t in titles] == titles
     assert {"Args", "Returns", "Example"} <= set(titles)
     arguments = next(p for p in _sections(function) if p.startswith("Args:"))
-    described = re.findall(r"^    (\w+): ", arguments, flags=re.MULTILINE)
+    described = re.findall(r"^    \*{0,2}(\w+): ", arguments, flags=re.MULTILINE)
     assert described == list(inspect.signature(function).parameters)
 
 

@@ -133,8 +133,8 @@ def test_tiles_and_all_pairs_agree(float64, domains, estimator, monkeypatch):
     arrays = [jnp.asarray(domain) for domain in domains]
     where = {"source_where": jnp.arange(6) != 2, "target_where": jnp.arange(6) > 0}
     expected = run(*arrays, **where)
-    tiled = functools.partial(discrepancy.gaussian_kernel_sums, tile=4)
-    monkeypatch.setattr(discrepancy, "gaussian_kernel_sums", tiled)
+    tiled = functools.partial(discrepancy.gaussian_kernel_sum, tile=4)
+    monkeypatch.setattr(discrepancy, "gaussian_kernel_sum", tiled)
     got = run(*arrays, **where)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, 1e-10), got, expected)
 
