@@ -8,6 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.ops.order import argmax
 from jaxtransfer.typing import AnyArray
 
 
@@ -136,7 +137,7 @@ def accuracy(
         [1.0, 0.0]
     """
     logits, labels, where = classified(logits, labels, where)
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    correct = (argmax(logits) == labels).astype(jnp.float32)
     return correct if where is None else jnp.where(where, correct, 0.0)
 
 

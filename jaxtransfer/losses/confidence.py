@@ -12,6 +12,7 @@ from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.maps import inner_axes
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.softened import mean_prediction
+from jaxtransfer.ops.order import argmax
 from jaxtransfer.typing import AnyArray
 
 
@@ -45,8 +46,11 @@ def entropy(
         Minimization", ICLR 2021, sec. 3.
     """
     logits, where = _given(logits, where)
-    log_p = jax.nn.log_softmax(logits)
-    values = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    logits -= jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    raised = jnp.exp(logits)
+    total = jnp.sum(raised, axis=-1)
+    # log sum_c exp z_c - sum_c p_c z_c: no matrix of logarithms.
+    values = jnp.log(total) - jnp.sum(raised * logits, axis=-1) / total
     return values if where is None else jnp.where(where, values, 0.0)
 
 
@@ -220,7 +224,7 @@ def pseudo_label(
     labelling = jax.lax.stop_gradient(labelling)
     sure = jnp.max(jax.nn.softmax(labelling), axis=-1) >= threshold
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-        logits, jnp.argmax(labelling, axis=-1)
+        logits, argmax(labelling)
     )
     return jnp.where(sure if where is None else sure & where, losses, 0.0)
 
@@ -349,7 +353,7 @@ def centroid_pseudo_labels(
     extended = unit(jnp.pad(features, ((0, 0), (0, 1)), constant_values=1.0))
     counted = jnp.where(counts[:, None] > 0, extended, 0.0)
     weights = jax.nn.softmax(logits)
-    labels = jnp.argmax(logits, axis=1)
+    labels = argmax(logits)
     for _ in range(rounds + 1):
         weights = weights * counts[:, None]
         total = jnp.sum(weights, axis=0)
@@ -357,7 +361,7 @@ def centroid_pseudo_labels(
             jnp.matmul(weights.T, counted, precision=jax.lax.Precision.HIGHEST)
         )
         cosines = jnp.matmul(extended, centroids.T, precision=jax.lax.Precision.HIGHEST)
-        labels = jnp.argmax(jnp.where(total > 0, cosines, -jnp.inf), axis=1)
+        labels = argmax(jnp.where(total > 0, cosines, -jnp.inf))
         weights = jax.nn.one_hot(labels, logits.shape[1], dtype=features.dtype)
     return labels
 

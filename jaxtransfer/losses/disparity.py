@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.reduction import check_mask, mean, widen
 from jaxtransfer.losses.softened import mean_prediction
+from jaxtransfer.ops.order import argmax
 from jaxtransfer.typing import AnyArray
 
 
@@ -192,7 +193,7 @@ def _log_predicted(name, logits, adversarial, where):
         where = check_mask(f"{name}_where", where, logits.shape[:1])
         logits = jnp.where(where[:, None], logits, 0.0)
         adversarial = jnp.where(where[:, None], adversarial, 0.0)
-    predicted = jax.nn.one_hot(jnp.argmax(logits, axis=1), logits.shape[1], dtype=bool)
+    predicted = jax.nn.one_hot(argmax(logits), logits.shape[1], dtype=bool)
     logs = jax.nn.log_softmax(adversarial)
     of_predicted = jnp.sum(jnp.where(predicted, logs, 0.0), axis=1)
     of_others = jax.nn.logsumexp(jnp.where(predicted, -jnp.inf, logs), axis=1)

@@ -12,6 +12,9 @@ from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.softened import counted, kl_divergence, soften
 from jaxtransfer.typing import AnyArray
 
+_LOWEST = -100.0
+"""Below the logarithm of every number that float32 has."""
+
 
 def multi_teacher_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
@@ -58,6 +61,11 @@ def multi_teacher_distillation(
         sec. 1 (both means); You et al., "Learning from Multiple Teacher Networks", KDD
         2017 (probabilities).
     """
+    if combine not in ("probabilities", "logits", "divergences"):
+        raise ValueError(
+            'combine must be "probabilities", "logits" or "divergences", got '
+            f"{combine!r}."
+        )
     student, teachers = widen(student_logits), widen(teacher_logits)
     if student.ndim < 1 or teachers.shape[1:] != student.shape or not len(teachers):
         raise ValueError(
@@ -78,17 +86,15 @@ def multi_teacher_distillation(
     if combine == "logits":
         teachers = _average(shares, teachers)
     scale, log_q, log_p = soften(temperature, batch, where, student, teachers)
-    if combine == "probabilities":
-        log_p = jnp.log(_average(shares, jnp.exp(log_p)))
-    if combine in ("probabilities", "logits"):
-        losses = kl_divergence(log_p, log_q)
-    elif combine == "divergences":
-        losses = jnp.sum(shares * kl_divergence(log_p, log_q), axis=0)
-    else:
-        raise ValueError(
-            'combine must be "probabilities", "logits" or "divergences", got '
-            f"{combine!r}."
-        )
+    if combine == "logits":
+        return counted(scale * kl_divergence(log_p, log_q), where)
+    log_mean = jnp.log(_average(shares, jnp.exp(log_p)))
+    losses = kl_divergence(log_mean, log_q)
+    if combine == "divergences":
+        # sum_k w_k KL(p_k || q) = sum_k w_k KL(p_k || mean) + KL(mean || q), of which
+        # the first is a constant; it is finite where the mean is too small for a float.
+        apart = kl_divergence(log_p, jnp.maximum(log_mean, _LOWEST))
+        losses += jnp.sum(jnp.where(shares > 0, shares * apart, 0.0), axis=0)
     return counted(scale * losses, where)
 
 

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.ops.sums import sum_first
 from jaxtransfer.ops.varying import vary, varying_axes
 from jaxtransfer.typing import AnyArray
 
@@ -131,7 +132,7 @@ def fisher_information(
 
     def of_chunk(total, chunk):
         squares = jax.vmap(of_one)(*chunk)
-        return jax.tree.map(lambda t, s: t + jnp.sum(s, axis=0), total, squares), None
+        return jax.tree.map(lambda t, s: t + sum_first(s), total, squares), None
 
     chunks = _chunks((inputs, given), where, count, chunk_size)
     total, _ = jax.lax.scan(of_chunk, zeros, chunks)

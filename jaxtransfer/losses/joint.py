@@ -15,6 +15,7 @@ from jaxtransfer.losses.sets import (
     weighted_rows,
 )
 from jaxtransfer.ops.kernels import squared_distances
+from jaxtransfer.ops.order import argmax
 from jaxtransfer.typing import AnyArray
 
 POWERS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -152,7 +153,7 @@ def local_maximum_mean_discrepancy(
     classes = probabilities.shape[1]
     own = _one_hot(source_labels, classes, u, source_where, kernel.dtype)
     soft = jnp.where(v[:, None] > 0, probabilities, 0.0).astype(kernel.dtype)
-    likeliest = jax.nn.one_hot(jnp.argmax(soft, axis=1), classes) * v[:, None]
+    likeliest = jax.nn.one_hot(argmax(soft), classes) * v[:, None]
     both = (jnp.sum(own, axis=0) > 0) & (jnp.sum(likeliest, axis=0) > 0)
     signed = jnp.concatenate([_normalized(own), -_normalized(soft)])
     # What each pair of rows counts for does not depend on the features.

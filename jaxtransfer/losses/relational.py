@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from jaxtransfer.losses.maps import masked_maps
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.ops.kernels import self_squared_distances
+from jaxtransfer.ops.sums import sum_first
 from jaxtransfer.typing import AnyArray
 
 
@@ -447,7 +448,7 @@ def inter_channel_correlation(
 
     def correlations(maps):
         rows = maps.reshape(len(maps), -1, maps.shape[-1])
-        return _unit(_channel_products(rows, rows), axis=2)
+        return _unit(_channel_gram(rows), axis=2)
 
     difference = correlations(student) - correlations(teacher)
     return jnp.sum(difference**2, axis=(1, 2)) / student.shape[-1]
@@ -500,6 +501,19 @@ def _channel_products(first, second):
     )
 
 
+@jax.custom_jvp
+def _channel_gram(rows):
+    """`_channel_products` with itself; its gradient is one product, not two."""
+    return _channel_products(rows, rows)
+
+
+@_channel_gram.defjvp
+def _channel_gram_jvp(primals, tangents):
+    (rows,), (slopes,) = primals, tangents
+    one_side = _channel_products(slopes, rows)
+    return _channel_gram(rows), one_side + one_side.swapaxes(1, 2)
+
+
 def _adjacent(difference, counts):
     """Mean of d_i . d_{i+1} over adjacent examples that count, in their order."""
     order = jnp.argsort(1.0 - counts)  # stable: those that count come first
@@ -528,7 +542,7 @@ def _scaled_distances(rows, pairs):
 
 def _angles(rows):
     """Cosines [i, j, k] of the angles at i, from inner products alone."""
-    rows = rows - jax.lax.stop_gradient(jnp.mean(rows, axis=0))
+    rows = rows - jax.lax.stop_gradient(sum_first(rows) / len(rows))
     gram = _gram(rows)
     squares = self_squared_distances(rows)
     positive = squares > 1e-12

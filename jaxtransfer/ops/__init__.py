@@ -14,6 +14,7 @@ from jaxtransfer.ops.ramps import cosine, dann, linear, progress
 from jaxtransfer.ops.reversal import gradient_reversal
 from jaxtransfer.ops.search import Beams, beam_search, sample_tokens
 from jaxtransfer.ops.shuffle import shuffled
+from jaxtransfer.ops.sums import sum_first
 from jaxtransfer.ops.varying import vary, varying_axes
 from jaxtransfer.ops.winograd import winograd_conv
 
@@ -36,6 +37,7 @@ __all__ = [
     "self_squared_distances",
     "shuffled",
     "squared_distances",
+    "sum_first",
     "vary",
     "varying_axes",
     "winograd_conv",

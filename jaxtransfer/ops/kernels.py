@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from jaxtransfer.ops.sums import sum_first
+
 
 def squared_distances(
     x: Float[Array, "n features"], y: Float[Array, "m features"]
@@ -38,7 +40,7 @@ def squared_distances(
             f"{y.shape}."
         )
     x, y = _widen(x), _widen(y)
-    shift = jax.lax.stop_gradient(jnp.mean(x, axis=0))
+    shift = jax.lax.stop_gradient(sum_first(x) / len(x))
     return _gram_distances(x - shift, y - shift)
 
 
@@ -64,7 +66,7 @@ def self_squared_distances(x: Float[Array, "n features"]) -> Float[Array, "n n"]
     """
     _check_rows("x", x)
     x = _widen(x)
-    x = x - jax.lax.stop_gradient(jnp.mean(x, axis=0))
+    x = x - jax.lax.stop_gradient(sum_first(x) / len(x))
     return jnp.where(jnp.eye(len(x), dtype=bool), 0.0, _gram_distances(x, x))
 
 
