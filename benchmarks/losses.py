@@ -1,10 +1,11 @@
 """What does every loss cost at training size, beside its peer in PyTorch?
 
-``python -m benchmarks.losses [--only WORDS] [--memory] [--rounds N] [--json FILE]``:
-value and gradient, compiled, of batches of 256 with 1,000 classes, embeddings of 512
-and maps of 32 x 32 x 64. Both get the same numbers and must return the same value.
-Needs PyTorch (``pip install torch``). ``--memory`` adds what each holds beside its
-inputs: of the compiled program here, by the profiler for the peer.
+``python -m benchmarks.losses [--only WORDS] [--memory] [--fresh] [--rounds N]
+[--json FILE]``: value and gradient, compiled, of batches of 256 with 1,000 classes,
+embeddings of 512 and maps of 32 x 32 x 64. Both get the same numbers and must return
+the same value. Needs PyTorch (``pip install torch``). ``--memory`` adds what each holds
+beside its inputs: of the compiled program here, by the profiler for the peer. Both run
+with `jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is given.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.common import interleave
+from jaxtransfer import parallel
 
 
 def rows() -> dict[str, peers.Row]:
@@ -93,8 +95,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows whose names hold one of these")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="memory is not kept")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args()
+    kept = not options.fresh and parallel.keep_host_memory()
     record = {}
     print(f"{'loss':<40} {'jax ms':>9} {'torch ms':>9} {'ratio':>6}  of")
     for name, row in rows().items():
@@ -124,6 +128,7 @@ def main() -> None:
             "jax": jax.__version__,
             "torch": torch.__version__,
             "cores": os.cpu_count(),
+            "memory kept": kept,
         }
         options.json.write_text(json.dumps({**facts, "losses": record}, indent=2))
 

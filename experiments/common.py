@@ -21,6 +21,8 @@ import rich.table
 import scipy.stats
 import tyro
 
+from jaxtransfer import parallel
+
 Config = TypeVar("Config", bound="StudyConfig")
 
 
@@ -58,6 +60,7 @@ def command_line(
     Returns:
         What ``main`` returns.
     """
+    parallel.keep_host_memory()
     given = list(sys.argv[1:] if args is None else args)
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=sorted(presets), default=default)

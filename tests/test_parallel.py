@@ -1,6 +1,8 @@
 """One step is one step: on one device, over a mesh, by pmap and by shard_map."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -433,3 +435,34 @@ def test_a_mesh_without_the_axis_is_refused(mesh):
 def test_initialize_distributed_takes_all_or_nothing(given):
     with pytest.raises(ValueError, match="give coordinator, processes and process"):
         parallel.initialize_distributed(**given)
+
+
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from jaxtransfer import parallel
+
+kept = sys.argv[1] == "keep" and parallel.keep_host_memory()
+values = jnp.ones((64, 2**16))
+run = jax.jit(lambda v: jnp.sin(v @ jnp.ones((2**16, 8))) @ jnp.ones((8, 2**18)))
+for call in range(12):
+    if call == 4:
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(run(values))
+print(kept, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start) // 8)
+"""
+
+
+def test_kept_memory_is_not_asked_for_again():
+    pytest.importorskip("resource")
+
+    def run(how):
+        command = [sys.executable, "-c", FAULTS, how]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout.split()
+
+    kept, faults = run("keep")
+    if kept == "False":
+        pytest.skip("not the GNU C library")
+    assert int(faults) * 5 < int(run("leave")[1])
