@@ -1,12 +1,13 @@
 """What does a step of distillation cost with its teacher run, and looked up?
 
-``python -m benchmarks.distill [--only WORDS] [--rounds N] [--json FILE]``: an update of
-a student ResNet-8 (SGD with momentum, KD of logits, images of 32 x 32, batch 64) with a
-teacher that is run within the compiled step, run in a call of its own, or looked up in
+``python -m benchmarks.distill [--only WORDS] [--rounds N] [--fresh] [--json FILE]``: an
+update of a student ResNet-8 (SGD with momentum, KD of logits, images of 32 x 32, batch
+64) with a teacher that is run within the compiled step, run in a call of its own, or looked up in
 a cache on the device or on the disk; beside PyTorch, with its images contiguous or
 channels last. Ours run on one device, and with the batch shared by one for each core,
 for XLA runs some convolutions on one core only. All forms get the same weights and must
-return the same loss and gradient. Needs PyTorch.
+return the same loss and gradient. Needs PyTorch. All run with
+`jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is given.
 
 ``--accuracy`` adds a real task, if ``JAXTRANSFER_DATA_DIR`` (or ``--data-dir``) has
 cifar10 and ``weights/cifar10_resnet56.safetensors``: the time until the student reaches
@@ -477,11 +478,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--variants", type=int, default=4)
     parser.add_argument("--target", type=float, default=65.0, help="in %%")
+    parser.add_argument("--fresh", action="store_true", help="memory is not kept")
     options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
     words = [""] if options.only is None else options.only
     pairs = {n: p for n, p in PAIRS.items() if any(word in n for word in words)}
     if not pairs and not options.accuracy:
         parser.error(f"--only: no teacher of that name; there are {sorted(PAIRS)}")
+    kept = not options.fresh and parallel.keep_host_memory()
     jax.config.update("jax_num_cpu_devices", shards(BATCH))
     seconds, facts = {}, {}
     for name, pair in pairs.items():
@@ -511,6 +514,7 @@ def main() -> None:
         teachers=facts,
         accuracy=task,
         rounds=options.rounds,
+        memory_kept=kept,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
     )
