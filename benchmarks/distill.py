@@ -2,11 +2,11 @@
 
 ``python -m benchmarks.distill [--only WORDS] [--rounds N] [--fresh] [--json FILE]``: an
 update of a student ResNet-8 (SGD with momentum, KD of logits, images of 32 x 32, batch
-64) with a teacher that is run within the compiled step, run in a call of its own, or looked up in
-a cache on the device or on the disk; beside PyTorch, with its images contiguous or
-channels last. Ours run on one device, and with the batch shared by one for each core,
-for XLA runs some convolutions on one core only. All forms get the same weights and must
-return the same loss and gradient. Needs PyTorch. All run with
+64) with a teacher that is run within the compiled step, run in a call of its own, or
+looked up in a cache on the device or on the disk; beside PyTorch, with its images
+contiguous or channels last. Ours run on one device, and with the batch shared by one
+for each core, for XLA runs some convolutions on one core only. All forms get the same
+weights and must return the same loss and gradient. Needs PyTorch. All run with
 `jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is given.
 
 ``--accuracy`` adds a real task, if ``JAXTRANSFER_DATA_DIR`` (or ``--data-dir``) has
