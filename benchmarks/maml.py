@@ -1,7 +1,7 @@
 """How long does a step of meta-learning by MAML take, beside peers in PyTorch?
 
-``python -m benchmarks.maml [--only WORDS] [--rounds N] [--fresh] [--json FILE]``: a
-whole meta-step (Adam outside, gradient descent inside, second order) on the shapes of
+``python -m benchmarks.maml [--only WORDS] [--rounds N] [--json FILE]``: a whole
+meta-step (Adam outside, gradient descent inside, second order) on the shapes of
 Omniglot: 16 tasks of 5 ways, 1 shot and 15 queries a class, images of 28 x 28, four
 convolutions of 64 filters with the batch statistics of the examples at hand. All forms
 get the same weights and episodes and must return the same loss and gradient.
@@ -10,8 +10,7 @@ Ours: the defaults of ``meta.objective(meta.maml(...))`` and ``nets.Conv4``, on 
 device and with the tasks divided over one device a core. Needs PyTorch; of ``higher``
 and ``torchopt`` what is installed. ``lax.conv`` under ``vmap`` takes some ten seconds a
 step and is measured in the first setting only. Memory: what the compiled program holds
-beside its inputs and results; the growth of a fresh process for PyTorch. All run with
-`jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is given.
+beside its inputs and results; the growth of a fresh process for PyTorch.
 """
 
 import argparse
@@ -270,9 +269,7 @@ def main() -> None:
         help="settings whose names hold one of these",
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--fresh", action="store_true", help="memory is not kept")
     options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
-    kept = not options.fresh and parallel.keep_host_memory()
     jax.config.update("jax_num_cpu_devices", shards(TASKS))
     seconds, facts = {}, {}
     for name in SETTINGS:
@@ -294,7 +291,6 @@ def main() -> None:
         seconds,
         settings=facts,
         rounds=options.rounds,
-        memory_kept=kept,
         torch=torch.__version__,
     )
 
