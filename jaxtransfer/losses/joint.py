@@ -95,7 +95,7 @@ def joint_maximum_mean_discrepancy(
         product = product * kernel_of(squared_distances(rows, rows), kernels, ones)
         alike = alike * jnp.sum(ones)
     of_sums, of_itself = coefficients(jnp.sum(u), jnp.sum(v), estimator)
-    return of_sums @ sums_of(product, u, v) + of_itself * alike
+    return jnp.sum(of_sums * sums_of(product, u, v)) + of_itself * alike
 
 
 def local_maximum_mean_discrepancy(

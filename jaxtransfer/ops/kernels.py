@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from jaxtransfer.ops.sums import sum_first
@@ -89,14 +90,15 @@ def mean_squared_distance(
         Scalar, float32 or wider; 0 with fewer than two rows.
 
     Raises:
-        ValueError: If the input is not a matrix, or the sets' features differ.
+        ValueError: If the input is not a matrix, the sets' features differ or
+            ``where`` does not fit.
 
     Example:
         >>> import jax.numpy as jnp
         >>> float(mean_squared_distance(jnp.array([[0.0], [2.0]])))
         4.0
     """
-    sets, count = (x, *more), 0
+    sets = (x, *more)
     for rows in sets:
         _check_rows("x", rows)
         if rows.shape[1] != x.shape[1]:
@@ -105,14 +107,19 @@ def mean_squared_distance(
                 f"{[rows.shape for rows in sets]}."
             )
     sets = [_widen(rows) for rows in sets]
-    weights = []
-    for i, rows in enumerate(sets):
-        if where is None:
-            weights.append(jnp.ones(len(rows), rows.dtype))
-        else:
-            weights.append(where[count : count + len(rows)].astype(rows.dtype))
-            count += len(rows)
-            sets[i] = jnp.where(weights[-1][:, None] > 0, rows, 0.0)
+    ends = np.cumsum([len(rows) for rows in sets])
+    given = jnp.ones(ends[-1]) if where is None else where
+    if given.shape != (ends[-1],):
+        raise ValueError(
+            f"where must be one a row, {ends[-1]}, got shape {given.shape}."
+        )
+    parts = jnp.split(given, ends[:-1])
+    weights = [w.astype(rows.dtype) for w, rows in zip(parts, sets, strict=True)]
+    if where is not None:
+        sets = [
+            jnp.where(w[:, None] > 0, rows, 0.0)
+            for w, rows in zip(weights, sets, strict=True)
+        ]
     total = sum(jnp.sum(w) for w in weights)
     pairs = total**2 - sum(jnp.sum(w**2) for w in weights)
     sums = sum(w @ rows for w, rows in zip(weights, sets, strict=True))

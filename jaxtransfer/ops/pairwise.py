@@ -167,7 +167,7 @@ def _pass(tile, axis_name, with_slopes, x, y, shift, u, v, coefficients, *kernel
         carry = vary(carry, varying_axes((x, order)))
         carry, _ = jax.lax.scan(functools.partial(step, of_one=of_one), carry, order)
     totals, lost, slopes = carry
-    value = coefficients @ (totals + lost)
+    value = jnp.sum(coefficients * (totals + lost))
     if not with_slopes:
         return value, None
 
@@ -184,7 +184,7 @@ def _at_once(with_slopes, x, y, u, v, coefficients, kernel):
     within_x, of_x = _tile((x, x), (u, u), kernel, True)
     within_y, of_y = _tile((y, y), (v, v), kernel, True)
     between, of_both = _tile((x, y), (u, v), kernel, False)
-    value = coefficients @ jnp.stack([within_x, within_y, between])
+    value = jnp.sum(coefficients * jnp.stack([within_x, within_y, between]))
     if not with_slopes:
         return value, None
 

@@ -76,6 +76,15 @@ def test_mean_squared_distance_needs_no_pairs():
     assert "[50,50]" not in jaxpr
 
 
+def test_mean_squared_distance_of_several_sets_is_that_of_all_rows():
+    x, y = (jnp.asarray(_rows(n, n), jnp.float32) for n in (4, 7))
+    where = jnp.arange(11) % 3 > 0
+    for options in ({}, {"where": where}, {"where": where * 0.5}):
+        got = ops.mean_squared_distance(x, y, **options)
+        whole = ops.mean_squared_distance(jnp.concatenate([x, y]), **options)
+        np.testing.assert_allclose(got, whole, rtol=1e-6)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_mean_squared_distance_of_too_few_rows_is_zero(count):
     where = jnp.arange(4) < count
@@ -93,3 +102,8 @@ def test_says_what_is_wrong():
     for fn in (ops.self_squared_distances, ops.mean_squared_distance):
         with pytest.raises(ValueError, match=r"x must be .* got shape \(2, 3, 4\)"):
             inspect.unwrap(fn)(jnp.ones((2, 3, 4)))
+    mean = inspect.unwrap(ops.mean_squared_distance)
+    with pytest.raises(ValueError, match=r"features, got shapes \[\(2, 3\), \(2, 4\)"):
+        mean(jnp.ones((2, 3)), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"one a row, 5, got shape \(2,\)"):
+        mean(jnp.ones((2, 3)), jnp.ones((3, 3)), where=jnp.ones(2))
