@@ -48,7 +48,7 @@ def command_line(
     default: str = "cpu",
     args: Sequence[str] | None = None,
 ) -> Any:
-    """Run a study from the command line.
+    """Run a study from the command line; memory that it frees is kept.
 
     Args:
         main: the study, a function of its configuration.

@@ -250,7 +250,7 @@ def keep_host_memory() -> bool:
 
     On a CPU every call of a compiled step asks for its temporary arrays anew and gives
     them back. Those of many megabytes come from the kernel, page by page, with zeros
-    written at the first touch: up to half of the time of a step that does little else.
+    written at the first touch, which can be half of the time of a step.
     Kept, they lie ready for the next call. The process then stays at the largest size
     that it had; steps on an accelerator gain nothing. Call it before the first array.
 
@@ -260,6 +260,9 @@ def keep_host_memory() -> bool:
 
     Example:
         >>> kept = keep_host_memory()
+
+    Reference:
+        The GNU C Library Reference Manual, "Malloc Tunable Parameters".
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

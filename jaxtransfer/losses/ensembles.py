@@ -12,8 +12,8 @@ from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.softened import counted, kl_divergence, soften
 from jaxtransfer.typing import AnyArray
 
-_LOWEST = -100.0
-"""Below the logarithm of every number that float32 has."""
+_LOWEST = -200.0
+"""Below the logarithm of every positive number of float32."""
 
 
 def multi_teacher_distillation(

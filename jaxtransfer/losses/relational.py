@@ -448,7 +448,7 @@ def inter_channel_correlation(
 
     def correlations(maps):
         rows = maps.reshape(len(maps), -1, maps.shape[-1])
-        return _unit(_channel_gram(rows), axis=2)
+        return _unit(_gram(rows.mT), axis=2)
 
     difference = correlations(student) - correlations(teacher)
     return jnp.sum(difference**2, axis=(1, 2)) / student.shape[-1]
@@ -499,19 +499,6 @@ def _channel_products(first, second):
     return jnp.einsum(
         "bpc,bpd->bcd", first, second, precision=jax.lax.Precision.HIGHEST
     )
-
-
-@jax.custom_jvp
-def _channel_gram(rows):
-    """`_channel_products` with itself; its gradient is one product, not two."""
-    return _channel_products(rows, rows)
-
-
-@_channel_gram.defjvp
-def _channel_gram_jvp(primals, tangents):
-    (rows,), (slopes,) = primals, tangents
-    one_side = _channel_products(slopes, rows)
-    return _channel_gram(rows), one_side + one_side.swapaxes(1, 2)
 
 
 def _adjacent(difference, counts):
@@ -569,7 +556,7 @@ def _unit(values, axis):
 
 @jax.custom_jvp
 def _gram(rows):
-    """Inner products of all pairs of rows; its gradient is one product, not two."""
+    """Inner products of all pairs of rows [..., n, n]; one product in its gradient."""
     return _product(rows, rows)
 
 
@@ -577,8 +564,8 @@ def _gram(rows):
 def _gram_jvp(primals, tangents):
     (rows,), (slopes,) = primals, tangents
     one_side = _product(slopes, rows)
-    return _gram(rows), one_side + one_side.T
+    return _gram(rows), one_side + one_side.mT
 
 
 def _product(a, b):
-    return jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(a, b.mT, precision=jax.lax.Precision.HIGHEST)

@@ -1,4 +1,4 @@
-"""Order of numbers by way of integers, which XLA sorts far quicker on CPUs."""
+"""Order of numbers, in ways that XLA is quick at on CPUs."""
 
 import jax
 import jax.numpy as jnp

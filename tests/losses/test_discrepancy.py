@@ -139,6 +139,16 @@ def test_tiles_and_all_pairs_agree(float64, domains, estimator, monkeypatch):
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, 1e-10), got, expected)
 
 
+def test_large_sets_are_not_copied():
+    def temporary(n):
+        rows = jax.ShapeDtypeStruct((n, 64), jnp.float32)
+        run = jax.jit(jax.grad(functools.partial(losses.mmd, bandwidth=9.0), (0, 1)))
+        return run.lower(rows, rows).compile().memory_analysis().temp_size_in_bytes
+
+    more = 2 * (16384 - 4096)
+    assert temporary(16384) - temporary(4096) < 1.2 * more * (64 + 2) * 4
+
+
 def test_large_sets_keep_their_digits():
     random = np.random.default_rng(0)
     source = random.standard_normal((900, 40))

@@ -187,3 +187,21 @@ def test_says_what_is_wrong(name, arguments, options, message):
     function = inspect.unwrap(getattr(ensembles, name))
     with pytest.raises(ValueError, match=message):
         function(*arguments, **options)
+
+
+def test_a_teacher_of_little_weight_leaves_divergences_finite():
+    """Its class has a probability, but the mean's is too small for a float."""
+    teachers = jnp.array([[[0.0, -1e4]], [[0.0, -46.0]]])
+
+    def loss(student):
+        return multi_teacher_distillation(
+            student,
+            teachers,
+            combine="divergences",
+            weights=jnp.array([1.0, 1e-30]),
+            temperature=1.0,
+        )[0]
+
+    value, gradient = jax.value_and_grad(loss)(jnp.array([[1.0, 0.0]]))
+    np.testing.assert_allclose(value, np.log1p(np.exp(-1.0)), rtol=1e-6)
+    assert jnp.all(jnp.isfinite(gradient))
