@@ -17,7 +17,7 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,14 @@ ALONE, BEGUN = "few pairs alone", "begun with the rich pair"
 TAUGHT, BOTH = "and sequence-KD", "begun so, and sequence-KD"
 POOR = (ALONE, BEGUN, TAUGHT, BOTH)
 VOCABULARY = "vocabulary.model"
+# What has to be the same for a network of an earlier run to be taken up.
+OF_TEACHER = (
+    *("dataset", "seed", "sentences", "tokens", "learning_rate"),
+    *("teacher", "teacher_updates"),
+)
+OF_MIXED = (*OF_TEACHER, "mixed_updates", "poor_pairs", "poor")
+OF_RICH = (*OF_TEACHER, "student", "student_updates", "beams", "penalty")
+OF_POOR = (*OF_MIXED, *OF_RICH, "rows", "poor_updates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +88,8 @@ class Config(StudyConfig):
     """Languages of the poor pairs; none leaves that part out."""
     rows: tuple[str, ...] = RICH
     """Students of the rich pair."""
+    poor_rows: tuple[str, ...] = POOR
+    """Students of a poor pair."""
     beams: int = 4
     """Of the search; greedy search is scored too."""
     penalty: float = 0.6
@@ -89,8 +99,8 @@ class Config(StudyConfig):
     test_sentences: int = 0
     """Test sentences, the first ones; 0 is all."""
     earlier: Path | None = None
-    """Folder of an earlier run of the same options, whose subwords are used and whose
-    networks, as far as they are there, are not trained again."""
+    """Folder of an earlier run, whose subwords are used; its networks and what they
+    translated are taken up where the options that they depend on are the same."""
 
 
 PRESETS = {
@@ -165,6 +175,15 @@ def pairs(corpus: Corpus, into: str, count: int = 0) -> Pairs:
     return Pairs(words.sources(part["en"], into), words.targets(part[into]))
 
 
+def _file_name(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "_", name.lower())
+
+
+def _options_of(folder: Path) -> dict[str, Any]:
+    """The options of a run."""
+    return json.loads((folder / "config.json").read_text())["config"]
+
+
 class Study:
     """What the parts of the study share."""
 
@@ -185,6 +204,7 @@ class Study:
         self.rows: list[Row] = []
         self.samples: dict[str, list[str]] = {}
         self.say: Callable[[str], None] = print
+        self.before = _options_of(config.earlier) if config.earlier else {}
 
     def recipe(self, updates: int, begun: bool = False) -> Training:
         """How long and how fast; more gently if there is something to lose."""
@@ -204,20 +224,73 @@ class Study:
 
         return write
 
+    def earlier(self, file: str, options: Sequence[str]) -> Path | None:
+        """A file of the earlier run, if it is there and was made with the same options.
+
+        A teacher of more poor languages than are asked for will do.
+        """
+        if self.config.earlier is None or not (self.config.earlier / file).is_file():
+            return None
+        own = json.loads(json.dumps(dataclasses.asdict(self.config), default=str))
+        for name in options:
+            before = self.before.get(name)
+            if name == "poor":
+                same = set(own[name]) <= set(before or ())
+            else:
+                same = own[name] == before
+            if not same:
+                self.say(f"{file}: made again, {name} was {before}, is {own[name]}")
+                return None
+        return self.config.earlier / file
+
     def trained(
-        self, network: Any, name: str, train: Callable[[], Variables]
+        self,
+        network: Any,
+        name: str,
+        options: Sequence[str],
+        train: Callable[[], Variables],
     ) -> Variables:
-        """A network: from the folder of an earlier run if it is there, or trained."""
-        file = f"{re.sub('[^a-z0-9]+', '_', name.lower())}.safetensors"
-        earlier = self.config.earlier
-        if earlier is not None and (earlier / file).is_file():
+        """A network: from the folder of an earlier run, or trained.
+
+        Args:
+            network: whose variables they are.
+            name: the file is named after it.
+            options: what it depends on.
+            train: trains it.
+        """
+        file = f"{_file_name(name)}.safetensors"
+        if (earlier := self.earlier(file, options)) is not None:
             some = jax.ShapeDtypeStruct((1, 2), np.dtype("int32"))
             inputs = {"source": some, "target": some}
-            variables = pretrained.load(earlier / file, from_linen(network), inputs)[0]
+            variables = pretrained.load(earlier, from_linen(network), inputs)[0]
         else:
             variables = train()
         pretrained.save(self.folder / file, variables)
         return variables
+
+    def searched(
+        self,
+        name: str,
+        options: Sequence[str],
+        teacher: Variables,
+        sources: list[list[int]],
+    ) -> list[list[list[int]]]:
+        """What a teacher writes, the best sequence of each source first.
+
+        Args:
+            name: the file is named after it.
+            options: what it depends on.
+            teacher: the teacher's variables.
+            sources: what it translates.
+        """
+        file = f"{_file_name(name)}.json"
+        if (earlier := self.earlier(file, options)) is not None:
+            beams = json.loads(earlier.read_text())
+        else:
+            beams = self.searches[self.teacher][0](teacher, sources)
+        (self.folder / file).write_text(json.dumps(beams, separators=(",", ":")))
+        self.say(f"{name}: {len(beams)} sentences")
+        return beams
 
     def translate(self, network: Any, variables: Variables, into: str) -> Any:
         """Scores by measure on the test sentences, and the translations."""
@@ -264,7 +337,7 @@ def rich_teacher(study: Study) -> Variables:
             report=study.report("teacher"),
         )
 
-    return study.trained(study.teacher, "teacher", train)
+    return study.trained(study.teacher, "teacher", OF_TEACHER, train)
 
 
 def mixed_teacher(study: Study, begun: Variables) -> Variables:
@@ -287,7 +360,7 @@ def mixed_teacher(study: Study, begun: Variables) -> Variables:
             report=study.report("mixed teacher"),
         )
 
-    return study.trained(study.teacher, "mixed teacher", train)
+    return study.trained(study.teacher, "mixed teacher", OF_MIXED, train)
 
 
 def rich(study: Study, teacher: Variables) -> list[Variables]:
@@ -298,13 +371,12 @@ def rich(study: Study, teacher: Variables) -> list[Variables]:
     of_labels = pairs(corpus, "de")
     lessons = {LABELS: of_labels, WORDS: of_labels, OWN: of_labels}
     if {SEQUENCES, INTERPOLATED} & set(config.rows):
-        beams = study.searches[study.teacher][0](teacher, of_labels.sources)
+        beams = study.searched("en de translated", OF_RICH, teacher, of_labels.sources)
         best = [sequences[0] for sequences in beams]
         lessons[SEQUENCES] = Pairs(of_labels.sources, best)
         if INTERPOLATED in config.rows:
             chosen = training.likest(beams, corpus.train["de"], corpus.vocabulary)
             lessons[INTERPOLATED] = Pairs(of_labels.sources, chosen)
-        study.say("the teacher has translated the training sentences")
     hard = training.make_trainer(
         training.lesson_of(study.student, smoothing=recipe.smoothing), recipe
     )
@@ -344,7 +416,7 @@ def rich(study: Study, teacher: Variables) -> list[Variables]:
                 teacher if method in (WORDS, OWN) else None,
                 study.report(name),
             )
-            variables = study.trained(study.student, f"en de {name}", train)
+            variables = study.trained(study.student, f"en de {name}", OF_RICH, train)
             kept.append(variables)
             found.append(study.scored(study.student, variables, "de", name))
         trained[method] = kept
@@ -357,13 +429,18 @@ def poor(study: Study, into: str, mixed: Variables, begun: list[Variables]) -> N
     """Students of a poor pair."""
     config, corpus = study.config, study.corpus
     few = pairs(corpus, into, config.poor_pairs)
-    sources = corpus.vocabulary.sources(corpus.train["en"], into)
-    beams = study.searches[study.teacher][0](mixed, sources[config.poor_pairs :])
-    written = Pairs(sources[config.poor_pairs :], [own[0] for own in beams])
-    study.say(f"en→{into}: the teacher has translated {len(beams)} sentences")
-    # Half of what is read is labelled.
-    times = max(1, len(written.sources) // max(1, len(few.sources)))
-    enriched = written + Pairs(few.sources * times, few.targets * times)
+    lessons = {ALONE: few, BEGUN: few}
+    if {TAUGHT, BOTH} & set(config.poor_rows):
+        sources = corpus.vocabulary.sources(corpus.train["en"], into)
+        sources = sources[config.poor_pairs :]
+        beams = study.searched(
+            f"en {into} translated", (*OF_MIXED, "beams", "penalty"), mixed, sources
+        )
+        written = Pairs(sources, [own[0] for own in beams])
+        # Half of what is read is labelled.
+        times = max(1, len(sources) // max(1, len(few.sources)))
+        enriched = written + Pairs(few.sources * times, few.targets * times)
+        lessons |= {TAUGHT: enriched, BOTH: enriched}
     fresh, gentle = (
         study.recipe(config.poor_updates, begun=begun) for begun in (False, True)
     )
@@ -372,7 +449,7 @@ def poor(study: Study, into: str, mixed: Variables, begun: list[Variables]) -> N
         False: training.make_trainer(lesson, fresh),
         True: training.make_trainer(lesson, gentle),
     }
-    for method in POOR:
+    for method in config.poor_rows:
         found = []
         for seed in range(config.seeds):
             key = prng.stream(study.key, f"{into} {seed}")
@@ -382,12 +459,15 @@ def poor(study: Study, into: str, mixed: Variables, begun: list[Variables]) -> N
                 trainers[before is not None],
                 key,
                 training.start(key, study.student, before),
-                study.stream(enriched if method in (TAUGHT, BOTH) else few, seed),
+                study.stream(lessons[method], seed),
                 report=study.report(f"en→{into}, {name}"),
             )
-            variables = study.trained(study.student, f"en {into} {name}", train)
+            variables = study.trained(
+                study.student, f"en {into} {name}", OF_POOR, train
+            )
             found.append(study.scored(study.student, variables, into, name))
-        study.add(f"en→{into}", method, found, None if method == ALONE else ALONE)
+        compared = method != ALONE and ALONE in config.poor_rows
+        study.add(f"en→{into}", method, found, ALONE if compared else None)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -398,11 +478,12 @@ def main(config: Config) -> dict[str, Any]:
 
     Raises:
         ValueError: an unknown row, or a row that another one must come before.
-        FileNotFoundError: the data set is not prepared, or the folder of ``teachers``
-            has no subwords.
+        FileNotFoundError: the data set is not prepared, or the folder of ``earlier``
+            has no subwords or options.
     """
-    if unknown := sorted(set(config.rows) - set(RICH)):
-        raise ValueError(f"rows: no {unknown[0]!r}; choose among {list(RICH)}")
+    for option, known in (("rows", RICH), ("poor_rows", POOR)):
+        if unknown := sorted(set(getattr(config, option)) - set(known)):
+            raise ValueError(f"{option}: no {unknown[0]!r}; choose among {list(known)}")
     if not config.rows or (OWN in config.rows and config.rows[0] != LABELS):
         raise ValueError(
             f"rows: got {config.rows}; {LABELS!r} must come first, as {OWN!r} goes on "

@@ -41,6 +41,33 @@ def test_smoke_writes_tables_networks_and_samples(tmp_path):
     assert {json.loads(line)["training"] for line in log.open()} == {"GKD, seed 0"}
 
 
+def test_networks_of_other_options_are_trained_again(tmp_path, capsys):
+    """A student of other updates is; what it learns from is not, nor searched again."""
+    config = dataclasses.replace(
+        SMOKE,
+        run_dir=tmp_path / "a",
+        rows=(study.LABELS,),
+        poor_rows=(study.TAUGHT,),
+        seeds=1,
+    )
+    found = study.main(config)
+    assert {row.method for row in found["rows"]} == {study.LABELS, study.TAUGHT}
+    (file,) = tmp_path.rglob("en_cs_translated.json")
+    beams = json.loads(file.read_text())
+    file.write_text(json.dumps(beams[:1] * len(beams)))
+    again = dataclasses.replace(
+        config, run_dir=tmp_path / "b", earlier=file.parent, poor_updates=3
+    )
+    study.main(again)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "poor_updates was 2, is 3" in told
+    (log,) = (tmp_path / "b").rglob("losses.jsonl")
+    trained = {json.loads(line)["training"] for line in log.open()}
+    assert trained == {"en→cs, and sequence-KD, seed 0"}
+    (kept,) = (tmp_path / "b").rglob("en_cs_translated.json")
+    assert kept.read_text() == file.read_text().replace(" ", "")
+
+
 def test_text_survives_the_vocabulary(corpus):
     words, sentences = corpus.vocabulary, corpus.test["de"]
     for tokens, sentence in zip(words.targets(sentences), sentences, strict=True):
@@ -100,5 +127,8 @@ def test_of_a_beam_the_likest_is_chosen(corpus):
 def test_rows_that_make_no_sense(tmp_path, rows):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path, rows=rows)
     with pytest.raises(ValueError, match="rows:"):
+        study.main(config)
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, poor_rows=("magic",))
+    with pytest.raises(ValueError, match="poor_rows:"):
         study.main(config)
     assert not list(tmp_path.iterdir())
