@@ -162,9 +162,12 @@ class TeacherCall:
     """The teacher, compiled by itself and called before the step."""
 
     def __init__(self, model: Model, variables: Variables, devices: int = 1):
-        self._look = jax.jit(lambda variables, x: model.apply(variables, x)[0])
+        mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+        self._look = jax.jit(
+            lambda variables, x: model.apply(variables, x)[0],
+            compiler_options=parallel.compiler_options(mesh),
+        )
         if devices > 1:
-            mesh = parallel.make_mesh(devices=jax.devices()[:devices])
             variables = parallel.replicate(variables, mesh)
         self._variables = variables
 

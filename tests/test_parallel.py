@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtransfer import losses, parallel
+from jaxtransfer import losses, nets, parallel
 from jaxtransfer.methods import adapt, distill, features, finetune, meta
 from jaxtransfer.methods.meta import chunks
+from jaxtransfer.model import from_linen
 from jaxtransfer.train import eval_step, init_state, metrics, train_step
 from tests.twins import jitted, network
 
@@ -466,3 +467,31 @@ def test_kept_memory_is_not_asked_for_again():
     if kept == "False":
         pytest.skip("not the GNU C library")
     assert int(faults) * 2 < int(run("leave")[1])
+
+
+def test_convolutions_for_one_device_run_on_all_cores(mesh):
+    """A step for one device asks XLA for it; one for several does not."""
+    if not parallel.compiler_options():
+        pytest.skip("no CPU, or an XLA without the option")
+    assert not parallel.compiler_options(mesh)
+    net = from_linen(nets.ResNet(3, depth=8, filters=32))
+    images = {"inputs": jnp.ones((8, 16, 16, 3)), "labels": jnp.zeros(8, jnp.int32)}
+    start = net.init(KEY, images["inputs"])
+    step = train_step(finetune.objective(net), SGD)
+    state = init_state(KEY, start, SGD)
+
+    def of_libraries(compiled):
+        program = compiled.lower(state, images).compile().as_text()
+        return program.count("kind=kCustom")
+
+    assert of_libraries(parallel.jit_step(step)) < of_libraries(jax.jit(step))
+
+
+def test_an_xla_without_the_option_is_left_alone(monkeypatch):
+    monkeypatch.setattr(parallel, "_LIBRARY", "xla_cpu_no_such_option")
+    parallel._known_options.cache_clear()
+    assert parallel.compiler_options() == {}
+    monkeypatch.undo()
+    parallel._known_options.cache_clear()
+    monkeypatch.setenv("XLA_FLAGS", f"--{parallel._LIBRARY}=")
+    assert parallel.compiler_options() == {}

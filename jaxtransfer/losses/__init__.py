@@ -20,6 +20,11 @@ from jaxtransfer.losses.bituning import (
     contrastive_cross_entropy,
     enqueue,
 )
+from jaxtransfer.losses.channels import (
+    flow_of_solution_procedure,
+    inter_channel_correlation,
+    neuron_selectivity_transfer,
+)
 from jaxtransfer.losses.classification import (
     accuracy,
     cross_entropy,
@@ -139,9 +144,6 @@ from jaxtransfer.losses.regularizers import (
 )
 from jaxtransfer.losses.relational import (
     correlation_congruence,
-    flow_of_solution_procedure,
-    inter_channel_correlation,
-    neuron_selectivity_transfer,
     probabilistic_knowledge_transfer,
     relational_angle,
     relational_distance,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxtransfer.losses.reduction import check_mask, mean, widen
 from jaxtransfer.losses.sets import critic_outputs
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 
@@ -294,8 +295,7 @@ def randomized_multilinear_map(
         if shapes != expected:
             raise ValueError(f"projections must have shapes {expected}, got {shapes}.")
     of_features, of_probabilities = (
-        jnp.matmul(part, matrix, precision=jax.lax.Precision.HIGHEST)
-        for part, matrix in zip(parts, matrices, strict=True)
+        product(part, matrix) for part, matrix in zip(parts, matrices, strict=True)
     )
     return of_features * of_probabilities / width**0.5
 

@@ -13,6 +13,7 @@ from jaxtransfer.losses.maps import inner_axes
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.softened import mean_prediction
 from jaxtransfer.ops.order import argmax
+from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import AnyArray
 
 
@@ -169,9 +170,7 @@ def minimum_class_confusion(
     count = jnp.asarray(len(p) if where is None else jnp.sum(where), p.dtype)
     total = jnp.sum(weights)
     weights = weights * count / jnp.where(total > 0, total, 1.0)
-    confusion = jnp.matmul(
-        (weights[:, None] * p).T, p, precision=jax.lax.Precision.HIGHEST
-    )
+    confusion = gram((jnp.sqrt(weights)[:, None] * p).T)
     sums = jnp.sum(confusion, axis=1)
     off = confusion * (1.0 - jnp.eye(len(sums), dtype=p.dtype))
     shares = jnp.sum(off, axis=1) / jnp.where(sums > 0, sums, 1.0)
@@ -357,10 +356,8 @@ def centroid_pseudo_labels(
     for _ in range(rounds + 1):
         weights = weights * counts[:, None]
         total = jnp.sum(weights, axis=0)
-        centroids = unit(
-            jnp.matmul(weights.T, counted, precision=jax.lax.Precision.HIGHEST)
-        )
-        cosines = jnp.matmul(extended, centroids.T, precision=jax.lax.Precision.HIGHEST)
+        centroids = unit(product(weights.T, counted))
+        cosines = product(extended, centroids.T)
         labels = argmax(jnp.where(total > 0, cosines, -jnp.inf))
         weights = jax.nn.one_hot(labels, logits.shape[1], dtype=features.dtype)
     return labels

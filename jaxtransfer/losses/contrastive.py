@@ -22,6 +22,7 @@ from jaxtransfer.losses.memory import (
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.sets import matrix
 from jaxtransfer.losses.softened import check_positive, counted
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 
@@ -379,7 +380,7 @@ def contrastive_distillation(
     student, teacher, where = _pair(student_embeddings, teacher_embeddings, where)
     check_positive("temperature", temperature)
     student, teacher = unit(student), jax.lax.stop_gradient(unit(teacher))
-    scores = _product(student, teacher.T) / temperature
+    scores = product(student, teacher.T) / temperature
     allowed = where
     if labels is not None:
         labels = jnp.asarray(labels)
@@ -450,7 +451,7 @@ def _of_rows(anchors, memory, rows):
     # All products and then a choice is faster and smaller than the rows of the choice,
     # unless there are many times as many examples as negatives.
     if len(memory) <= 16 * rows.shape[1]:
-        return jnp.take_along_axis(_product(anchors, widen(memory).T), rows, axis=1)
+        return jnp.take_along_axis(product(anchors, widen(memory).T), rows, axis=1)
     return jnp.einsum(
         "bf,bkf->bk", anchors, widen(memory[rows]), precision=jax.lax.Precision.HIGHEST
     )
@@ -466,7 +467,3 @@ def _log_normalizers(scores, memory, where):
     fresh = total + np.log(len(memory.student)) - jnp.log(count)
     fresh = jnp.where(jnp.any(where), fresh, 0.0)
     return jnp.where(jnp.isfinite(kept), kept, fresh)
-
-
-def _product(a, b):
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

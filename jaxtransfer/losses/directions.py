@@ -1,4 +1,4 @@
-"""Arrays scaled to length 1, whatever their size."""
+"""Lengths of arrays, and arrays scaled to length 1."""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,12 @@ def unit(values, axis: Axes = -1):
     values = scaled(values, axis)
     squares = jnp.sum(values**2, axis=axis, keepdims=True)
     return values / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
+
+
+def root(squares, floor: float | jax.Array = 0.0):
+    """Square roots; 0, without gradient, of what is not above the floor."""
+    low = squares <= floor  # not-a-number is kept
+    return jnp.where(low, 0.0, jnp.sqrt(jnp.where(low, 1.0, squares)))
 
 
 def scaled(values, axis: Axes = -1):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxtransfer.losses.sets import check_widths, weighted_rows
 from jaxtransfer.ops.fourier import fourier_sums
-from jaxtransfer.ops.kernels import mean_squared_distance, squared_distances
+from jaxtransfer.ops.kernels import mean_squared_distance, self_squared_distances
 from jaxtransfer.ops.order import kth_smallest
 from jaxtransfer.ops.pairwise import gaussian_kernel_sum
 from jaxtransfer.typing import AnyArray
@@ -186,7 +186,7 @@ def _rule(rows, weights, rule):
     if rule != "median":
         raise ValueError(f'bandwidth rules are "mean" and "median", got {rule!r}.')
     pairs = (weights[:, None] * weights > 0) & ~jnp.eye(len(rows), dtype=bool)
-    distances = jnp.where(pairs, squared_distances(rows, rows), jnp.inf).ravel()
+    distances = jnp.where(pairs, self_squared_distances(rows), jnp.inf).ravel()
     count = jnp.sum(pairs)
     middle = [jnp.maximum(count - 1, 0) // 2, count // 2]
     low, high = (kth_smallest(distances, k) for k in middle)

@@ -13,6 +13,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtransfer.losses.directions import root
 from jaxtransfer.losses.reduction import check_mask, mean, widen
 from jaxtransfer.losses.softened import (
     check_positive,
@@ -477,9 +478,7 @@ def _centre(values, axis, counts=None):
     kind = jnp.finfo(values.dtype)
     size = jnp.max(jnp.abs(jax.lax.stop_gradient(values)), axis, keepdims=True)
     floor = jnp.maximum(count * (4 * kind.eps * size) ** 2, np.sqrt(kind.tiny))
-    constant = squares <= floor
-    length = jnp.where(constant, 0.0, jnp.sqrt(jnp.where(constant, 1.0, squares)))
-    return jnp.where(constant, 0.0, centred), length
+    return jnp.where(squares <= floor, 0.0, centred), root(squares, floor)
 
 
 def _correlation(a, b, axis, eps, counts=None):

@@ -8,7 +8,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from jaxtransfer.losses.directions import scaled, unit
+from jaxtransfer.losses.directions import root, scaled, unit
 from jaxtransfer.losses.maps import inner_axes, masked_maps, same_maps
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.ops.pooling import adaptive_average_pool
@@ -110,8 +110,7 @@ def attention_transfer(
     squares = difference**2
     if form == "code":
         return jnp.mean(squares, axis=inner_axes(squares))
-    total = jnp.sum(squares, axis=inner_axes(squares))
-    return jnp.where(total > 0, jnp.sqrt(jnp.where(total > 0, total, 1.0)), 0.0)
+    return root(jnp.sum(squares, axis=inner_axes(squares)))
 
 
 def factor_transfer(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtransfer.losses.distillation import knowledge_distillation
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.sets import checked_labels, matrix
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 
@@ -252,7 +253,7 @@ def category_relationship(
     members = jax.nn.one_hot(
         jnp.where(valid & where, labels, -1), classes, dtype=probabilities.dtype
     )
-    totals = jnp.matmul(members.T, probabilities, precision=jax.lax.Precision.HIGHEST)
+    totals = product(members.T, probabilities)
     return totals / jnp.maximum(jnp.sum(members, axis=0), 1.0)[:, None]
 
 

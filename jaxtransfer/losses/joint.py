@@ -14,8 +14,9 @@ from jaxtransfer.losses.sets import (
     matrix,
     weighted_rows,
 )
-from jaxtransfer.ops.kernels import squared_distances
+from jaxtransfer.ops.kernels import self_squared_distances
 from jaxtransfer.ops.order import argmax
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 POWERS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -79,23 +80,23 @@ def joint_maximum_mean_discrepancy(
         raise ValueError(
             f"bandwidth must be one a layer, {len(source_layers)}, got {len(given)}."
         )
-    product, alike = jnp.ones(()), jnp.ones(())
+    kernel, alike = jnp.ones(()), jnp.ones(())
     for source, target, one in zip(source_layers, target_layers, given, strict=True):
         source, u = weighted_rows("source", source, source_where, 1)
         target, v = weighted_rows("target", target, target_where, 1)
         check_widths(source, target)
         rows, counts = jnp.concatenate([source, target]), jnp.concatenate([u, v])
-        if jnp.ndim(product) and len(product) != len(rows):
+        if jnp.ndim(kernel) and len(kernel) != len(rows):
             raise ValueError(
                 f"all layers must have the same rows, got {len(source)} and "
-                f"{len(target)} after {len(product)} together."
+                f"{len(target)} after {len(kernel)} together."
             )
         kernels = jax.lax.stop_gradient(bandwidths(rows, counts, multipliers, one))
         ones = jnp.ones_like(kernels)
-        product = product * kernel_of(squared_distances(rows, rows), kernels, ones)
+        kernel = kernel * kernel_of(self_squared_distances(rows), kernels, ones)
         alike = alike * jnp.sum(ones)
     of_sums, of_itself = coefficients(jnp.sum(u), jnp.sum(v), estimator)
-    return jnp.sum(of_sums * sums_of(product, u, v)) + of_itself * alike
+    return jnp.sum(of_sums * sums_of(kernel, u, v)) + of_itself * alike
 
 
 def local_maximum_mean_discrepancy(
@@ -157,7 +158,7 @@ def local_maximum_mean_discrepancy(
     both = (jnp.sum(own, axis=0) > 0) & (jnp.sum(likeliest, axis=0) > 0)
     signed = jnp.concatenate([_normalized(own), -_normalized(soft)])
     # What each pair of rows counts for does not depend on the features.
-    share = _product(jnp.where(both, signed, 0.0), signed.T)
+    share = product(jnp.where(both, signed, 0.0), signed.T)
     return jnp.sum(share * kernel) / jnp.maximum(jnp.sum(both), 1)
 
 
@@ -221,9 +222,9 @@ def contrastive_domain_discrepancy(
 
     # What each pair of classes, and so each pair of rows, counts for.
     table = share(here & same) - share(here & ~same)
-    within_source = _product(own * jnp.sum(table, axis=1), own.T)
-    within_target = _product(other * jnp.sum(table, axis=0), other.T)
-    between = _product(_product(own, table), other.T)
+    within_source = product(own * jnp.sum(table, axis=1), own.T)
+    within_target = product(other * jnp.sum(table, axis=0), other.T)
+    between = product(product(own, table), other.T)
     return (
         jnp.sum(within_source * kernel[:n, :n])
         + jnp.sum(within_target * kernel[n:, n:])
@@ -238,7 +239,7 @@ def _kernel(source, target, multipliers, bandwidth, source_where, target_where):
     check_widths(source, target)
     rows, counts = jnp.concatenate([source, target]), jnp.concatenate([u, v])
     kernels = jax.lax.stop_gradient(bandwidths(rows, counts, multipliers, bandwidth))
-    distances = squared_distances(rows, rows)
+    distances = self_squared_distances(rows)
     return kernel_of(distances, kernels, jnp.ones_like(kernels)), u, v
 
 
@@ -251,10 +252,6 @@ def _one_hot(labels, classes, weights, where, dtype):
 def _normalized(weights):
     total = jnp.sum(weights, axis=0)
     return weights / jnp.where(total > 0, total, 1.0)
-
-
-def _product(a, b):
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _check_count(name, rows, weights):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
+from jaxtransfer.losses.directions import root
 from jaxtransfer.losses.sets import check_widths, weighted_rows
+from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import AnyArray
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def correlation_alignment(
@@ -60,7 +60,8 @@ def correlation_alignment(
         _mean_and_scaled, *zip(*sets, strict=True)
     )
     features = source_mean.size
-    value = _squared_difference(source_scaled, target_scaled) / features**2
+    difference = gram(source_scaled.T) - gram(target_scaled.T)
+    value = jnp.sum(difference**2) / features**2
     if form == "paper":
         value = value / 4.0
     else:
@@ -170,13 +171,13 @@ def central_moment_discrepancy(
         raise ValueError(f"bounds must be (low, high) with low < high, got {bounds}.")
     sets = _two_sets(source, target, source_where, target_where, 1)
     means, centred = zip(*(_centred(*one) for one in sets), strict=True)
-    value = _norm(means[0] - means[1]) / (high - low)
+    value = root(jnp.sum((means[0] - means[1]) ** 2)) / (high - low)
     for k in range(2, moments + 1):
         of_source, of_target = (
             _average(rows**k, weights)
             for rows, (_, weights) in zip(centred, sets, strict=True)
         )
-        value = value + _norm(of_source - of_target) / (high - low) ** k
+        value = value + root(jnp.sum((of_source - of_target) ** 2)) / (high - low) ** k
     return jnp.where(_enough(sets, 1), value, 0.0)
 
 
@@ -200,7 +201,7 @@ def _enough(sets, least):
 
 def _average(rows, weights):
     total = jnp.maximum(jnp.sum(weights), 1.0)
-    return jnp.matmul(weights, rows, precision=HIGHEST) / total
+    return product(weights, rows) / total
 
 
 def _centred(rows, weights):
@@ -209,7 +210,7 @@ def _centred(rows, weights):
 
 
 def _covariance(rows, weights):
-    return _products(_mean_and_scaled(rows, weights)[1])
+    return gram(_mean_and_scaled(rows, weights)[1].T)
 
 
 def _mean_and_scaled(rows, weights):
@@ -218,41 +219,11 @@ def _mean_and_scaled(rows, weights):
     return mean, centred / jnp.sqrt(jnp.maximum(jnp.sum(weights) - 1.0, 1.0))
 
 
-def _products(rows):
-    return jnp.matmul(rows.T, rows, precision=HIGHEST)
-
-
-@jax.custom_jvp
-def _squared_difference(source, target):
-    """``|S'S - T'T|_F^2``."""
-    return jnp.sum((_products(source) - _products(target)) ** 2)
-
-
-@_squared_difference.defjvp
-def _squared_difference_jvp(primals, tangents):
-    # One product a side, where the transposed factors of a product would make two.
-    source, target = primals
-    difference = _products(source) - _products(target)
-    slopes = (
-        jnp.matmul(rows, difference, precision=HIGHEST) * tangent
-        for rows, tangent in zip(primals, tangents, strict=True)
-    )
-    of_source, of_target = map(jnp.sum, slopes)
-    return jnp.sum(difference**2), 4.0 * (of_source - of_target)
-
-
-def _norm(vector):
-    """The Euclidean norm, with gradient 0 at 0."""
-    square = jnp.sum(vector**2)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
-
-
 @jax.custom_jvp
 def _log_plus(matrix, shift):
     """``log(matrix + shift I)`` of a symmetric matrix without negative eigenvalues."""
     values, vectors = _eigen(matrix, shift)
-    return jnp.matmul(vectors * jnp.log(values), vectors.T, precision=HIGHEST)
+    return product(vectors * jnp.log(values), vectors.T)
 
 
 @_log_plus.defjvp
@@ -261,18 +232,15 @@ def _log_plus_jvp(primals, tangents):
     # entry by the divided difference of the logarithm at its two eigenvalues.
     matrix, shift = primals
     values, vectors = _eigen(matrix, shift)
-    logarithm = jnp.matmul(vectors * jnp.log(values), vectors.T, precision=HIGHEST)
+    logarithm = product(vectors * jnp.log(values), vectors.T)
     low = jnp.minimum(values[:, None], values)
     ratio = (jnp.maximum(values[:, None], values) - low) / low
     apart = ratio > 0
     safe = jnp.where(apart, ratio, 1.0)
     slopes = jnp.where(apart, jnp.log1p(safe) / safe, 1.0) / low
     change = tangents[0] + tangents[1] * jnp.eye(len(values), dtype=matrix.dtype)
-    change = jnp.linalg.multi_dot([vectors.T, change, vectors], precision=HIGHEST)
-    change = jnp.linalg.multi_dot(
-        [vectors, slopes * change, vectors.T], precision=HIGHEST
-    )
-    return logarithm, change
+    change = product(product(vectors.T, change), vectors)
+    return logarithm, product(product(vectors, slopes * change), vectors.T)
 
 
 def _eigen(matrix, shift):

@@ -15,6 +15,7 @@ from jaxtransfer.losses.memory import (
 )
 from jaxtransfer.losses.reduction import check_mask, mean, widen
 from jaxtransfer.losses.sets import matrix
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 
@@ -247,9 +248,7 @@ def _neighbourhoods(indices, bank, neighbors, expanded, affinity):
     features = widen(bank.features)
 
     def nearest(examples, count):
-        cosines = jnp.matmul(
-            features[examples], features.T, precision=jax.lax.Precision.HIGHEST
-        )
+        cosines = product(features[examples], features.T)
         others = bank.filled & (jnp.arange(len(features)) != examples[:, None])
         cosines = jnp.where(others, cosines, -jnp.inf)
         values, found = jax.lax.top_k(cosines, count)

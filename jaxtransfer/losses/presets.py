@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.discrepancy import maximum_mean_discrepancy
 from jaxtransfer.losses.sets import check_widths, weighted_rows
-from jaxtransfer.ops.kernels import mean_squared_distance, squared_distances
+from jaxtransfer.ops.kernels import mean_squared_distance, self_squared_distances
 from jaxtransfer.ops.order import kth_smallest
 from jaxtransfer.typing import AnyArray
 
@@ -113,7 +113,7 @@ def mmd_preset(
 def _lower_median(rows, weights):
     """Median of all squared distances within a set, zeros included, the lower one."""
     pairs = (weights[:, None] * weights > 0).ravel()
-    distances = jnp.where(pairs, squared_distances(rows, rows).ravel(), jnp.inf)
+    distances = jnp.where(pairs, self_squared_distances(rows).ravel(), jnp.inf)
     # The products can't give the exact zeros of the diagonal.
     distances = jnp.where(
         jnp.eye(len(rows), dtype=bool).ravel() & pairs, 0.0, distances

@@ -1,4 +1,4 @@
-"""Distillation of relations: between the examples of a batch, between channels."""
+"""Distillation of relations between the examples of a batch."""
 
 from typing import Any, Literal
 
@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from jaxtransfer.losses.maps import masked_maps
+from jaxtransfer.losses.directions import root, unit
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.ops.kernels import self_squared_distances
+from jaxtransfer.ops.products import gram
 from jaxtransfer.ops.sums import sum_first
 from jaxtransfer.typing import AnyArray
 
@@ -47,7 +48,7 @@ def similarity_preserving(
         eqs. 1-4.
     """
     student, teacher, counts = _pair(student_features, teacher_features, where)
-    grams = [_unit(_gram(rows), axis=1) for rows in (student, teacher)]
+    grams = [unit(gram(rows), axis=1) for rows in (student, teacher)]
     total = jnp.maximum(jnp.sum(counts), 1.0)
     return jnp.sum((grams[0] - grams[1]) ** 2) / total**2
 
@@ -105,8 +106,8 @@ def correlation_congruence(
         raise ValueError(f'form must be "paper" or "code", got {form!r}.')
 
     def kernel(rows):
-        rows = _unit(rows, axis=1)
-        cosines = _gram(rows)
+        rows = unit(rows, axis=1)
+        cosines = gram(rows)
         term, total = jnp.ones_like(cosines), jnp.ones_like(cosines)
         for p in range(1, order + 1):
             term = term * (2.0 * gamma / p) * cosines
@@ -280,178 +281,15 @@ def probabilistic_knowledge_transfer(
     pairs = counts[:, None] * counts
 
     def neighbours(rows):
-        lengths = _length(rows, axis=1)
+        lengths = root(jnp.sum(rows**2, axis=1, keepdims=True))
         rows = rows / (lengths + epsilon)
-        similar = pairs * (_gram(rows) + 1.0) / 2.0
+        similar = pairs * (gram(rows) + 1.0) / 2.0
         total = jnp.sum(similar, axis=1, keepdims=True)
         return similar / jnp.where(total > 0, total, 1.0)
 
     p, q = neighbours(teacher), neighbours(student)
     losses = p * jnp.log((p + epsilon) / (q + epsilon))
     return jnp.sum(pairs * losses) / jnp.maximum(jnp.sum(counts), 1.0) ** 2
-
-
-def flow_of_solution_procedure(
-    student_maps: Float[AnyArray, "batch height width first"],
-    student_next_maps: Float[AnyArray, "batch height width second"],
-    teacher_maps: Float[AnyArray, "batch height2 width2 first"],
-    teacher_next_maps: Float[AnyArray, "batch height2 width2 second"],
-    *,
-    form: Literal["paper", "norms"] = "paper",
-    where: Bool[AnyArray, " batch"] | None = None,
-) -> Float[Array, " batch"]:
-    """Flow of solution procedure (FSP): how one stage's channels lead to the next's.
-
-    With ``G = A' B / (height width)`` [first, second] of two stages' maps: form
-    "paper" gives the mean squared difference of the student's G to the teacher's per
-    example, form "norms" the sum over the second stage's channels of the lengths of
-    the differences' columns.
-
-    Args:
-        student_maps: First stage's maps [batch, height, width, channels].
-        student_next_maps: Second stage's, of the same height and width: pool the
-            larger (`jaxtransfer.ops.adaptive_average_pool`).
-        teacher_maps: As the student's in channels; height and width are free. No
-            gradient flows into the teacher's.
-        teacher_next_maps: Likewise.
-        form: Which of the two.
-        where: Which examples count [batch]; the others give 0 and no gradient.
-
-    Returns:
-        Losses [batch], not negative, float32 or wider.
-
-    Raises:
-        ValueError: If ``form`` is unknown, shapes do not match, or ``where`` does not
-            fit.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> a, b = jnp.ones((1, 2, 2, 3)), jnp.ones((1, 2, 2, 4))
-        >>> flow_of_solution_procedure(a, b, 2.0 * a, b).tolist()
-        [1.0]
-
-    Reference:
-        Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network
-        Minimization and Transfer Learning", CVPR 2017, eqs. 1-2. Deviation: the mean
-        over the entries of G in place of their sum.
-    """
-    if form not in ("paper", "norms"):
-        raise ValueError(f'form must be "paper" or "norms", got {form!r}.')
-    student = _flow("student", student_maps, student_next_maps, where)
-    teacher = _flow("teacher", teacher_maps, teacher_next_maps, where)
-    if student.shape != teacher.shape:
-        raise ValueError(
-            "student and teacher must have the same channels in both stages, got "
-            f"matrices of shapes {student.shape} and {teacher.shape}; bridge the "
-            "student's with 1 x 1 convolutions."
-        )
-    difference = student - jax.lax.stop_gradient(teacher)
-    if form == "norms":
-        return jnp.sum(_length(difference, axis=1), axis=(1, 2))
-    return jnp.mean(difference**2, axis=(1, 2))
-
-
-def neuron_selectivity_transfer(
-    student_maps: Float[AnyArray, "batch height width _"],
-    teacher_maps: Float[AnyArray, "batch height width _"],
-    *,
-    where: Bool[AnyArray, " batch"] | None = None,
-) -> Float[Array, " batch"]:
-    """Neuron selectivity transfer (NST): where in the image the channels respond.
-
-    The biased maximum mean discrepancy between the channels of student and teacher,
-    each a map scaled to length 1, under the kernel ``k(x, y) = (x . y)^2``.
-
-    Args:
-        student_maps: [batch, height, width, channels].
-        teacher_maps: Of the same height and width; channels are free. No gradient
-            flows into them.
-        where: Which examples count [batch]; the others give 0 and no gradient.
-
-    Returns:
-        Losses [batch], not negative up to rounding, float32 or wider.
-
-    Raises:
-        ValueError: If batch, height or width differ, or ``where`` does not fit.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
-        >>> print(f"{abs(float(neuron_selectivity_transfer(maps, 3.0 * maps)[0])):.4f}")
-        0.0000
-
-    Reference:
-        Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity
-        Transfer", 2017, sec. 4.
-    """
-    student = _places(student_maps, where)
-    teacher = jax.lax.stop_gradient(_places(teacher_maps, where))
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            "student_maps and teacher_maps must agree in batch, height and width, got "
-            f"shapes {jnp.shape(student_maps)} and {jnp.shape(teacher_maps)}; pool the "
-            "larger."
-        )
-    s, t = _unit(student, axis=1), _unit(teacher, axis=1)
-
-    def mean(a, b):
-        return jnp.mean(_channel_products(a, b) ** 2, axis=(1, 2))
-
-    return mean(t, t) + mean(s, s) - 2.0 * mean(s, t)
-
-
-def inter_channel_correlation(
-    student_maps: Float[AnyArray, "batch *positions channels"],
-    teacher_maps: Float[AnyArray, "batch *_ channels"],
-    *,
-    where: Bool[AnyArray, " batch"] | None = None,
-) -> Float[Array, " batch"]:
-    """Inter-channel correlation (ICKD): which channels respond together.
-
-    ``|G_t - G_s|_F^2 / channels`` with G the matrix of inner products ``F' F`` of an
-    example's channels over all positions, every row scaled to length 1.
-
-    Args:
-        student_maps: [batch, ..., channels].
-        teacher_maps: As many channels; positions are free. No gradient flows into
-            them.
-        where: Which examples count [batch]; the others give 0 and no gradient.
-
-    Returns:
-        Losses [batch], 0 … 4, float32 or wider.
-
-    Raises:
-        ValueError: If examples or channels differ in number, there is no position, or
-            ``where`` does not fit.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> maps = jnp.arange(8.0).reshape(1, 2, 2, 2)
-        >>> print(f"{float(inter_channel_correlation(maps, 3.0 * maps)[0]):.4f}")
-        0.0000
-
-    Reference:
-        Liu et al., "Exploring Inter-Channel Correlation for Diversity-preserved
-        Knowledge Distillation", ICCV 2021, as in the authors' code. torchdistill
-        divides by the examples twice: its weight is this one's times their number.
-    """
-    student = masked_maps(student_maps, where)
-    teacher = jax.lax.stop_gradient(masked_maps(teacher_maps, where))
-    shapes = student.shape, teacher.shape
-    if min(student.ndim, teacher.ndim) < 3 or len({(s[0], s[-1]) for s in shapes}) > 1:
-        raise ValueError(
-            "student_maps and teacher_maps must be [batch, ..., channels] with a "
-            f"position, of the same batch and channels, got shapes {shapes[0]} and "
-            f"{shapes[1]}; bring the student's to the teacher's channels with a "
-            "learned projection."
-        )
-
-    def correlations(maps):
-        rows = maps.reshape(len(maps), -1, maps.shape[-1])
-        return _unit(_gram(rows.mT), axis=2)
-
-    difference = correlations(student) - correlations(teacher)
-    return jnp.sum(difference**2, axis=(1, 2)) / student.shape[-1]
 
 
 def _pair(student, teacher, where):
@@ -470,37 +308,6 @@ def _pair(student, teacher, where):
     return *rows, where.astype(student.dtype)
 
 
-def _places(maps, where):
-    """Maps as [batch, places, channels], 0 where masked."""
-    maps = widen(maps)
-    if maps.ndim != 4:
-        raise ValueError(
-            f"maps must be [batch, height, width, channels], got shape {maps.shape}."
-        )
-    if where is not None:
-        where = check_mask("where", where, maps.shape[:1])
-        maps = jnp.where(where[:, None, None, None], maps, 0.0)
-    return maps.reshape(len(maps), -1, maps.shape[-1])
-
-
-def _flow(name, first, second, where):
-    first, second = _places(first, where), _places(second, where)
-    if first.shape[:2] != second.shape[:2]:
-        raise ValueError(
-            f"the two stages of the {name} must agree in batch, height and width, got "
-            f"{first.shape[:2]} and {second.shape[:2]} (batch, places); pool the "
-            "larger."
-        )
-    return _channel_products(first, second) / first.shape[1]
-
-
-def _channel_products(first, second):
-    """Inner products over the places, [batch, channels, channels]."""
-    return jnp.einsum(
-        "bpc,bpd->bcd", first, second, precision=jax.lax.Precision.HIGHEST
-    )
-
-
 def _adjacent(difference, counts):
     """Mean of d_i . d_{i+1} over adjacent examples that count, in their order."""
     order = jnp.argsort(1.0 - counts)  # stable: those that count come first
@@ -517,12 +324,9 @@ def _absolute(values):
 
 def _scaled_distances(rows, pairs):
     """Distances divided by the mean of the positive ones, with a finite gradient."""
-    squares = self_squared_distances(rows) * pairs
     # Rows that are equal but for rounding have no direction to move apart in.
-    floor = 1e-12
-    positive = squares > floor
-    distances = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
-    count = jnp.sum(positive)
+    distances = root(self_squared_distances(rows) * pairs, 1e-12)
+    count = jnp.sum(distances > 0)
     mean = jnp.sum(distances) / jnp.maximum(count, 1)
     return distances / jnp.where(count > 0, mean, 1.0)
 
@@ -530,42 +334,13 @@ def _scaled_distances(rows, pairs):
 def _angles(rows):
     """Cosines [i, j, k] of the angles at i, from inner products alone."""
     rows = rows - jax.lax.stop_gradient(sum_first(rows) / len(rows))
-    gram = _gram(rows)
+    products = gram(rows)
     squares = self_squared_distances(rows)
     positive = squares > 1e-12
     inverse = jnp.where(
         positive, 1.0 / jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0
     )
-    own = jnp.diagonal(gram)
+    own = jnp.diagonal(products)
     # (e_i - e_j) . (e_i - e_k)
-    inner = own[:, None, None] - gram[:, :, None] - gram[:, None, :] + gram
+    inner = own[:, None, None] - products[:, :, None] - products[:, None, :] + products
     return inner * inverse[:, :, None] * inverse[:, None, :]
-
-
-def _length(values, axis):
-    """Lengths along an axis, kept; 0 has no gradient."""
-    squares = jnp.sum(values**2, axis=axis, keepdims=True)
-    positive = squares > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
-
-
-def _unit(values, axis):
-    lengths = _length(values, axis)
-    return values / jnp.where(lengths > 0, lengths, 1.0)
-
-
-@jax.custom_jvp
-def _gram(rows):
-    """Inner products of all pairs of rows [..., n, n]; one product in its gradient."""
-    return _product(rows, rows)
-
-
-@_gram.defjvp
-def _gram_jvp(primals, tangents):
-    (rows,), (slopes,) = primals, tangents
-    one_side = _product(slopes, rows)
-    return _gram(rows), one_side + one_side.mT
-
-
-def _product(a, b):
-    return jnp.matmul(a, b.mT, precision=jax.lax.Precision.HIGHEST)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtransfer.losses.classification import cross_entropy
 from jaxtransfer.losses.distillation import knowledge_distillation
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 
@@ -201,10 +202,7 @@ def chunked_token_distillation(
         *hidden, counts = chunk
         # Before the products, for the gradient of the matrices.
         hidden = [jnp.where(counts[:, None], h, 0.0) for h in hidden]
-        logits = [
-            jnp.matmul(h, w, precision=jax.lax.Precision.HIGHEST)
-            for h, w in zip(hidden, outputs, strict=True)
-        ]
+        logits = [product(h, w) for h, w in zip(hidden, outputs, strict=True)]
         return token_distillation(
             *logits,
             temperature=temperature,

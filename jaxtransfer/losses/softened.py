@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from jaxtransfer.losses.classification import classified
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.ops.products import product
 
 
 def pair(student, teacher, where):
@@ -56,7 +57,7 @@ def mean_prediction(logits, weights) -> Array:
         logits - jax.lax.stop_gradient(jnp.max(logits, axis=1, keepdims=True))
     )
     shares = weights / jnp.maximum(jnp.sum(weights), 1.0) / jnp.sum(raised, axis=1)
-    return jnp.matmul(shares, raised, precision=jax.lax.Precision.HIGHEST)
+    return product(shares, raised)
 
 
 def kl_divergence(log_p, log_q) -> Array:

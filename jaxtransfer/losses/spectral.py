@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxtransfer.losses.directions import root
 from jaxtransfer.losses.sets import check_widths, weighted_rows
+from jaxtransfer.ops.products import gram
 from jaxtransfer.typing import AnyArray
 
 
@@ -88,9 +90,7 @@ def adaptive_feature_norm(
         0 has no direction to grow in and gets no gradient.
     """
     rows, weights = weighted_rows("features", features, where, 1, "where")
-    squares = jnp.sum(rows**2, axis=1)
-    positive = squares > 0
-    norms = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+    norms = root(jnp.sum(rows**2, axis=1))
     losses = (norms - jax.lax.stop_gradient(norms) - step) ** 2
     return jnp.where(weights > 0, losses, 0.0)
 
@@ -239,7 +239,7 @@ def _largest_squares(rows, count):
     """
     if rows.shape[0] > rows.shape[1]:
         rows = rows.T
-    products = jnp.matmul(rows, rows.T, precision=jax.lax.Precision.HIGHEST)
+    products = gram(rows)
     return jnp.sum(jnp.linalg.eigvalsh(products)[-count:])
 
 

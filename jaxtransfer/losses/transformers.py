@@ -15,6 +15,7 @@ from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.distillation import knowledge_distillation
 from jaxtransfer.losses.reduction import check_mask, mean, widen
 from jaxtransfer.losses.softened import counted
+from jaxtransfer.ops.products import gram
 from jaxtransfer.typing import AnyArray
 
 # Scores from here down were masked by the network, and are 0 for "mse".
@@ -401,7 +402,4 @@ def _divergence(student, teacher, where):
 
 
 def _relations(values):
-    products = jnp.einsum(
-        "...id,...jd->...ij", values, values, precision=jax.lax.Precision.HIGHEST
-    )
-    return products / np.sqrt(values.shape[-1])
+    return gram(values) / np.sqrt(values.shape[-1])

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxtransfer.losses.directions import root
 from jaxtransfer.losses.reduction import mean
 from jaxtransfer.losses.sets import (
     check_widths,
@@ -18,6 +19,7 @@ from jaxtransfer.losses.sets import (
 )
 from jaxtransfer.ops.kernels import self_squared_distances, squared_distances
 from jaxtransfer.ops.order import argsort
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 
@@ -77,7 +79,7 @@ def sliced_wasserstein(
     directions = _directions(key, projections, directions, source)
 
     def projected(rows, weights, where):
-        lines = jnp.matmul(directions, rows.T, precision=jax.lax.Precision.HIGHEST)
+        lines = product(directions, rows.T)
         if where is not None:
             lines = jnp.where(weights > 0, lines, jnp.inf)
         lines = jnp.take_along_axis(lines, argsort(lines), axis=1)
@@ -392,9 +394,7 @@ def gradient_penalty(
         return value.reshape(())
 
     slopes = jax.vmap(jax.grad(output))(inputs)
-    squares = jnp.sum(slopes.astype(inputs.dtype) ** 2, axis=1)
-    steep = squares > 0
-    norms = jnp.where(steep, jnp.sqrt(jnp.where(steep, squares, 1.0)), 0.0)
+    norms = root(jnp.sum(slopes.astype(inputs.dtype) ** 2, axis=1))
     return mean((norms - 1.0) ** 2, where=weights > 0)
 
 

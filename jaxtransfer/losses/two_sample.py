@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.discrepancy import bandwidths, kernel_of
 from jaxtransfer.losses.sets import check_widths, weighted_rows
-from jaxtransfer.ops.kernels import squared_distances
+from jaxtransfer.ops.kernels import self_squared_distances
 from jaxtransfer.ops.order import kth_smallest
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 POWERS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -71,7 +72,7 @@ def permutation_test(
     check_widths(source, target)
     rows, counts = jnp.concatenate([source, target]), jnp.concatenate([u, v])
     kernels = jax.lax.stop_gradient(bandwidths(rows, counts, multipliers, bandwidth))
-    kernel = kernel_of(squared_distances(rows, rows), kernels, jnp.ones_like(kernels))
+    kernel = kernel_of(self_squared_distances(rows), kernels, jnp.ones_like(kernels))
     n, m = jnp.sum(u), jnp.sum(v)
     share = jnp.where(n > 0, 1.0 / jnp.maximum(n, 1.0), 0.0)
     other = jnp.where(m > 0, 1.0 / jnp.maximum(m, 1.0), 0.0)
@@ -90,7 +91,7 @@ def permutation_test(
     keys = jax.random.split(jax.random.key(0) if key is None else key, permutations)
     observed = jnp.concatenate([u * share, -v * other])
     signed = jnp.concatenate([observed[None], jax.vmap(divided)(keys)])
-    products = jnp.matmul(signed, kernel, precision=jax.lax.Precision.HIGHEST)
+    products = product(signed, kernel)
     values = jnp.sum(products * signed, axis=1)
     # Divisions into the same sets must tie, whatever the order of their sums.
     slack = 16 * jnp.finfo(values.dtype).eps * jnp.max(kernel)

@@ -10,6 +10,7 @@ from jaxtransfer.ops.kernels import (
 from jaxtransfer.ops.pairwise import gaussian_kernel_sum
 from jaxtransfer.ops.patches import conv, max_pool
 from jaxtransfer.ops.pooling import adaptive_average_pool
+from jaxtransfer.ops.products import gram, product
 from jaxtransfer.ops.ramps import cosine, dann, linear, progress
 from jaxtransfer.ops.reversal import gradient_reversal
 from jaxtransfer.ops.search import Beams, beam_search, sample_tokens
@@ -29,9 +30,11 @@ __all__ = [
     "fourier_sums",
     "gaussian_kernel_sum",
     "gradient_reversal",
+    "gram",
     "linear",
     "max_pool",
     "mean_squared_distance",
+    "product",
     "progress",
     "sample_tokens",
     "self_squared_distances",

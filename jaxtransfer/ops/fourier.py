@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtransfer.ops.products import product
 from jaxtransfer.ops.varying import vary, varying_axes
 
 
@@ -57,7 +58,7 @@ def fourier_sums(
 
     @jax.checkpoint
     def of_chunk(rows, u):
-        angles = jnp.matmul(rows, frequencies, precision=jax.lax.Precision.HIGHEST)
+        angles = product(rows, frequencies)
         return jnp.stack(
             [
                 jnp.stack([u @ jnp.cos(scale * angles), u @ jnp.sin(scale * angles)])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxtransfer.ops.products import gram, product
 from jaxtransfer.ops.sums import sum_first
 
 
@@ -42,7 +43,8 @@ def squared_distances(
         )
     x, y = _widen(x), _widen(y)
     shift = jax.lax.stop_gradient(sum_first(x) / len(x))
-    return _gram_distances(x - shift, y - shift)
+    x, y = x - shift, y - shift
+    return _distances(x, y, product(x, y.T))
 
 
 def self_squared_distances(x: Float[Array, "n features"]) -> Float[Array, "n n"]:
@@ -68,7 +70,7 @@ def self_squared_distances(x: Float[Array, "n features"]) -> Float[Array, "n n"]
     _check_rows("x", x)
     x = _widen(x)
     x = x - jax.lax.stop_gradient(sum_first(x) / len(x))
-    return jnp.where(jnp.eye(len(x), dtype=bool), 0.0, _gram_distances(x, x))
+    return jnp.where(jnp.eye(len(x), dtype=bool), 0.0, _distances(x, x, gram(x)))
 
 
 def mean_squared_distance(
@@ -132,8 +134,7 @@ def mean_squared_distance(
     return jnp.where(pairs > 0, mean_distance, 0.0)
 
 
-def _gram_distances(x, y):
-    products = jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+def _distances(x, y, products):
     norms = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(y**2, axis=1)
     return jnp.maximum(norms - 2.0 * products, 0.0)
 

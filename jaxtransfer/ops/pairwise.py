@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxtransfer.ops.products import product
 from jaxtransfer.ops.varying import vary, varying_axes
 
 
@@ -153,9 +154,9 @@ def _pass(tile, axis_name, with_slopes, x, y, shift, u, v, coefficients, *kernel
         totals, lost = _compensated(totals, lost, kind, value)
         if with_slopes:
             slope = live * orders * coefficients[kind] * slope
-            slopes = _added(slopes, p * tile, _product(slope, _weighted(*second)))
+            slopes = _added(slopes, p * tile, product(slope, _weighted(*second)))
             if not of_one:
-                moved = _product(slope.T, _weighted(*first))
+                moved = product(slope.T, _weighted(*first))
                 slopes = _added(slopes, q * tile, moved)
         return (totals, lost, slopes), None
 
@@ -190,7 +191,7 @@ def _at_once(with_slopes, x, y, u, v, coefficients, kernel):
 
     def gradient(slope, rows, others, u, v):
         slope = u[:, None] * slope * v
-        return jnp.sum(slope, axis=1)[:, None] * rows - _product(slope, others)
+        return jnp.sum(slope, axis=1)[:, None] * rows - product(slope, others)
 
     by_x, by_y, by_both = coefficients * jnp.array([2.0, 2.0, 1.0], x.dtype)
     return value, (
@@ -207,7 +208,7 @@ def _tile(rows, weights, kernel, of_one):
     bandwidths, kernel_weights, offset = kernel
     first, second = rows
     norms = jnp.sum(first**2, axis=1)[:, None] + jnp.sum(second**2, axis=1)
-    distances = jnp.maximum(norms - 2.0 * _product(first, second.T), 0.0)
+    distances = jnp.maximum(norms - 2.0 * product(first, second.T), 0.0)
     inverse = 1.0 / bandwidths
     terms = [
         w * jnp.exp(-distances * b)
@@ -221,10 +222,6 @@ def _tile(rows, weights, kernel, of_one):
         # Its slope moves nothing, but under a narrow kernel its rounding would.
         values, slope = (jnp.where(itself, 0.0, v) for v in (values, slope))
     return weights[0] @ (values @ weights[1]), slope
-
-
-def _product(a, b):
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _cut(rows, index, tile):

@@ -11,7 +11,7 @@ from jaxtransfer.losses.adversarial import domain_accuracy, domain_adversarial
 from jaxtransfer.losses.reduction import check_mask
 from jaxtransfer.losses.sets import check_widths, critic_outputs, weighted_rows
 from jaxtransfer.losses.softened import check_positive
-from jaxtransfer.scores.labelled import product
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxtransfer.losses.reduction import widen
+from jaxtransfer.ops.products import product
 from jaxtransfer.scores.labelled import (
     centred,
     decomposed,
     labelled_rows,
     mean_of_present,
-    product,
     rows_and_weights,
 )
 from jaxtransfer.typing import AnyArray

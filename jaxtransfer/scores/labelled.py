@@ -7,6 +7,7 @@ from jax.core import Tracer
 
 from jaxtransfer.losses.reduction import check_mask
 from jaxtransfer.losses.sets import matrix
+from jaxtransfer.ops.products import product
 
 
 def rows_and_weights(name, rows, where):
@@ -57,11 +58,6 @@ def _seen_classes(name, labels, where):
         )
     seen = np.asarray(labels)[np.asarray(where)]
     return int(seen.max()) + 1 if seen.size else 1
-
-
-def product(left, right):
-    """Matrix product in full precision, on accelerators too."""
-    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def mean_of_present(values, member):

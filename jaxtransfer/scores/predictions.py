@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtransfer.scores.labelled import labelled_rows, membership, product
+from jaxtransfer.ops.products import product
+from jaxtransfer.scores.labelled import labelled_rows, membership
 from jaxtransfer.typing import AnyArray
 
 

@@ -9,12 +9,12 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtransfer.losses.softened import check_positive
+from jaxtransfer.ops.products import product
 from jaxtransfer.scores.labelled import (
     centred,
     decomposed,
     labelled_rows,
     mean_of_present,
-    product,
 )
 from jaxtransfer.typing import AnyArray
 

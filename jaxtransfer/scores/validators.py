@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtransfer import losses
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.softened import check_positive
-from jaxtransfer.scores.labelled import product, rows_and_weights
+from jaxtransfer.ops.products import product
+from jaxtransfer.scores.labelled import rows_and_weights
 from jaxtransfer.typing import AnyArray
 
 

@@ -79,8 +79,12 @@ class Record:
         return write()
 
     async def load(self, directory: Any) -> Any:
-        """Not used: see :func:`read_record`."""
-        raise NotImplementedError
+        """Read back in the background; as `read_record`, which needs no orbax."""
+
+        async def read() -> None:
+            self._text = _written(pathlib.Path(directory))
+
+        return read()
 
 
 def _record_name() -> str:
@@ -89,10 +93,15 @@ def _record_name() -> str:
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
     """Read the record of a checkpoint; ``OSError`` or ``ValueError`` if damaged."""
-    crc, text = (folder / RECORD / _record_name()).read_text().split("\n", 1)
+    return json.loads(_written(folder / RECORD))
+
+
+def _written(folder: pathlib.Path) -> str:
+    """The text that was written to a folder."""
+    crc, text = (folder / _record_name()).read_text().split("\n", 1)
     if int(crc) != zlib.crc32(text.encode()):
         raise ValueError("its record has another checksum than it was written with")
-    return json.loads(text)
+    return text
 
 
 def position_of(data: Any) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import distill_translation as study
+from experiments import translation_study as parts
 from experiments import translation_text as text
 from experiments import translation_training as training
 
@@ -18,7 +19,7 @@ SMOKE = study.PRESETS["smoke"]
 
 @pytest.fixture(scope="module")
 def corpus():
-    return study.read(SMOKE)
+    return parts.read(SMOKE)
 
 
 def test_smoke_writes_tables_networks_and_samples(tmp_path):
@@ -78,7 +79,7 @@ def test_text_survives_the_vocabulary(corpus):
 
 
 def test_batches_hold_every_pair_and_follow_the_seed(corpus):
-    given = study.pairs(corpus, "de")
+    given = parts.pairs(corpus, "de")
     some = text.batches(given, 128, (0, 1))
     seen = set()
     for batch in itertools.islice(some, 12):
@@ -104,7 +105,7 @@ def test_translations_come_in_the_order_of_the_sources(corpus):
     network = training.network(SMOKE.student, corpus.vocabulary.size)
     key = jax.random.key(0)
     variables = training.start(key, network)
-    variables = study.Variables(variables.params["student"], {})
+    variables = parts.Variables(variables.params["student"], {})
     sources = corpus.vocabulary.sources(corpus.test["en"][:3], "de")
     long = [[9] * 60 + [text.END], *sources, [9] * 20 + [text.END]]
     search = training.Translator(network, beams=2, penalty=0.6, rows=2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtransfer.losses import relational
+from jaxtransfer.losses import channels, relational
 from tests.losses.case import det
 
 
@@ -34,7 +34,7 @@ def _unit(rows):
 
 
 def _flow(form):
-    return _mean(functools.partial(relational.flow_of_solution_procedure, form=form))
+    return _mean(functools.partial(channels.flow_of_solution_procedure, form=form))
 
 
 GOLDEN = {
@@ -89,14 +89,14 @@ GOLDEN = {
     "flow": (_flow("paper"), FLOW, 0.0149514305256, 0.002390332276),
     "flow, norms": (_flow("norms"), FLOW, 1.43650092229, 0.1174107897),
     "selectivity": (
-        _mean(relational.neuron_selectivity_transfer),
+        _mean(channels.neuron_selectivity_transfer),
         (FOUR, SIX),
         0.360538929318,
         0.04169225522,
     ),
     "channels": (
         # The peer's value is divided by the number of examples once more.
-        lambda s, t: _mean(relational.inter_channel_correlation)(s, t) / len(s),
+        lambda s, t: _mean(channels.inter_channel_correlation)(s, t) / len(s),
         (_maps((8, 6, 4, 4), 3), SIX),
         0.0635565780558,
         0.0154549069479,
@@ -135,9 +135,9 @@ def test_says_what_is_wrong(types_unchecked):
         )
     maps = jnp.ones((2, 4, 4, 3))
     with pytest.raises(ValueError, match="two stages of the student must agree"):
-        relational.flow_of_solution_procedure(maps, maps[:, :2], maps, maps)
+        channels.flow_of_solution_procedure(maps, maps[:, :2], maps, maps)
     with pytest.raises(ValueError, match="must agree in batch, height and width"):
-        relational.neuron_selectivity_transfer(maps, maps[:, :2])
+        channels.neuron_selectivity_transfer(maps, maps[:, :2])
     for wrong in (maps[..., :2], maps[:1], jnp.ones((2, 3))):
         with pytest.raises(ValueError, match="of the same batch and channels"):
-            relational.inter_channel_correlation(maps, wrong)
+            channels.inter_channel_correlation(maps, wrong)

@@ -1,5 +1,6 @@
 """Nothing is lost: killed runs, damaged files, other people's checkpoints."""
 
+import asyncio
 import os
 import pathlib
 import random
@@ -17,7 +18,7 @@ import optax
 import pytest
 
 from jaxtransfer import parallel, train
-from jaxtransfer.train import folders
+from jaxtransfer.train import folders, record
 from jaxtransfer.typing import Variables
 from tests.train.checkpointed_run import batches, final, initial, objective
 
@@ -303,3 +304,23 @@ def test_full_disk_is_found_at_the_start(tmp_path, monkeypatch):
 def test_intervals_must_be_positive(tmp_path, argument):
     with pytest.raises(ValueError, match=f"{argument}: must be at least 1, got 0"):
         train.Checkpointer(tmp_path, **{argument: 0})
+
+
+def test_record_reads_back_what_it_wrote(tmp_path):
+    """By the protocol of orbax, which loads it with the state."""
+    (tmp_path / record.RECORD).mkdir()
+    folder = tmp_path / record.RECORD
+
+    class Created:
+        async def await_creation(self):
+            return folder
+
+    async def there_and_back():
+        await (await record.Record({"step": 3}).save(Created()))
+        empty = record.Record({})
+        await (await empty.load(folder))
+        return empty
+
+    found = asyncio.run(there_and_back())
+    assert vars(found) == vars(record.Record({"step": 3}))
+    assert record.read_record(tmp_path) == {"step": 3}

@@ -31,6 +31,7 @@ from jaxtransfer.methods.distill.cache_open import (
     opened,
 )
 from jaxtransfer.methods.distill.taught import TOP_K, TeacherCache
+from jaxtransfer.parallel import compiler_options
 from jaxtransfer.train.folders import check_folder
 from jaxtransfer.typing import Inputs, Model, Variables
 
@@ -188,7 +189,7 @@ def _look(
         which = which.astype(np.min_scalar_type(classes - 1))
         return {**dict(zip(TOP_K, (likeliest, which), strict=True)), **features}
 
-    return jax.jit(look)
+    return jax.jit(look, compiler_options=compiler_options())
 
 
 def _shapes(

@@ -16,11 +16,11 @@ from jaxtransfer.methods.meta.embedding import (
     comparing,
     cosines,
     direction,
-    product,
 )
 from jaxtransfer.methods.meta.learner import Learner, Statistics
 from jaxtransfer.methods.meta.tuning import Body, Head, tuned, uniform_kernel
 from jaxtransfer.ops.kernels import squared_distances
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import Frozen, Model
 
 Transform = Literal["none", "l2", "centred_l2"]

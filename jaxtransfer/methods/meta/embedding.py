@@ -19,6 +19,7 @@ from jaxtransfer.methods.meta.learner import (
     batch_statistics,
     check_support,
 )
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -194,11 +195,6 @@ def flat(features: jax.Array) -> jax.Array:
     """``[rows, features]`` in float32 or wider."""
     wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     return wide.reshape(len(wide), -1)
-
-
-def product(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Matrix product in full precision."""
-    return jnp.matmul(first, second, precision=jax.lax.Precision.HIGHEST)
 
 
 def direction(rows: jax.Array) -> jax.Array:

@@ -16,10 +16,10 @@ from jaxtransfer.methods.meta.embedding import (
     comparing,
     cosines,
     only_present,
-    product,
 )
 from jaxtransfer.methods.meta.learner import Learner, Statistics
 from jaxtransfer.ops.kernels import squared_distances
+from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import Model
 
 Distance = Literal["squared_euclidean", "cosine"]
@@ -242,8 +242,7 @@ def ridge(
         if released:
             root = jnp.sqrt(jnp.maximum(counts.sum(), 1).astype(rows.dtype))
             rows, targets = rows / root, targets / root
-        gram = product(rows, rows.T)
-        system = gram + jnp.exp(metric["log_strength"]) * jnp.eye(len(rows))
+        system = gram(rows) + jnp.exp(metric["log_strength"]) * jnp.eye(len(rows))
         dual = jax.scipy.linalg.solve(system, targets, assume_a="pos")
         own = {name: metric[name] for name in ("scale", "offset")}
         return {"kernel": product(rows.T, dual), **own}

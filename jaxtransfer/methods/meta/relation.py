@@ -17,7 +17,6 @@ from jaxtransfer.methods.meta.embedding import (
     judged,
     membership,
     only_present,
-    product,
 )
 from jaxtransfer.methods.meta.learner import (
     Adapted,
@@ -26,6 +25,7 @@ from jaxtransfer.methods.meta.learner import (
     Visit,
     check_support,
 )
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import Batch, Frozen, Model, ModelState, Params, Variables
 
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtransfer.methods.meta.embedding import class_means, direction, product
+from jaxtransfer.methods.meta.embedding import class_means, direction
 from jaxtransfer.methods.meta.learner import Learner, Statistics
 from jaxtransfer.methods.meta.tuning import Head, tuned
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import Batch, Model
 
 

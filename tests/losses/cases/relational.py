@@ -1,6 +1,6 @@
-"""Cases of `jaxtransfer.losses.relational`."""
+"""Cases of `jaxtransfer.losses.relational` and `jaxtransfer.losses.channels`."""
 
-from jaxtransfer.losses import relational
+from jaxtransfer.losses import channels, relational
 from tests.losses.case import Case, det
 
 STUDENT, TEACHER = det((6, 4), 91), det((6, 5), 92)
@@ -23,7 +23,7 @@ CASES = [
     _case(relational.probabilistic_knowledge_transfer),
     *(
         Case(
-            relational.flow_of_solution_procedure,
+            channels.flow_of_solution_procedure,
             (*MAPS, *OTHERS),
             options={"form": form},
             label=form,
@@ -35,13 +35,13 @@ CASES = [
         for form in ("paper", "norms")
     ),
     Case(
-        relational.neuron_selectivity_transfer,
+        channels.neuron_selectivity_transfer,
         (MAPS[0], det((3, 2, 2, 5), 98)),
         per_example=True,
         **PAIR,
     ),
     Case(
-        relational.inter_channel_correlation,
+        channels.inter_channel_correlation,
         (MAPS[0], det((3, 3, 2, 4), 99)),
         per_example=True,
         **PAIR,
