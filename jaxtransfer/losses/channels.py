@@ -113,7 +113,10 @@ def neuron_selectivity_transfer(
             f"shapes {jnp.shape(student_maps)} and {jnp.shape(teacher_maps)}; pool the "
             "larger."
         )
-    s, t = unit(student, axis=1).mT, unit(teacher, axis=1).mT  # [batch, channels, ...]
+    s, t = (
+        unit(student, axis=1, moderate=True).mT,
+        unit(teacher, axis=1, moderate=True).mT,
+    )  # [batch, channels, ...]
     kernels = gram(t), gram(s), product(s, t.mT)
     of_teacher, of_student, between = (jnp.mean(k**2, axis=(1, 2)) for k in kernels)
     return of_teacher + of_student - 2.0 * between
@@ -167,7 +170,7 @@ def inter_channel_correlation(
 
     def correlations(maps):
         rows = maps.reshape(len(maps), -1, maps.shape[-1])
-        return unit(gram(rows.mT), axis=2)
+        return unit(gram(rows.mT), axis=2, moderate=True)
 
     difference = correlations(student) - correlations(teacher)
     return jnp.sum(difference**2, axis=(1, 2)) / student.shape[-1]

@@ -6,9 +6,12 @@ import jax.numpy as jnp
 Axes = int | tuple[int, ...]
 
 
-def unit(values, axis: Axes = -1):
-    """The values at Euclidean length 1 along some axes; 0 stays 0, without gradient."""
-    values = scaled(values, axis)
+def unit(values, axis: Axes = -1, *, moderate: bool = False):
+    """The values at Euclidean length 1 along some axes; 0 stays 0, without gradient.
+
+    Moderate values, whose squares neither over- nor underflow, are not scaled first.
+    """
+    values = values if moderate else scaled(values, axis)
     squares = jnp.sum(values**2, axis=axis, keepdims=True)
     return values / jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
 

@@ -60,8 +60,7 @@ def correlation_alignment(
         _mean_and_scaled, *zip(*sets, strict=True)
     )
     features = source_mean.size
-    difference = gram(source_scaled.T) - gram(target_scaled.T)
-    value = jnp.sum(difference**2) / features**2
+    value = _squared_difference(source_scaled, target_scaled) / features**2
     if form == "paper":
         value = value / 4.0
     else:
@@ -217,6 +216,25 @@ def _mean_and_scaled(rows, weights):
     """The mean, and rows whose products with themselves are the covariance."""
     mean, centred = _centred(rows, weights)
     return mean, centred / jnp.sqrt(jnp.maximum(jnp.sum(weights) - 1.0, 1.0))
+
+
+@jax.custom_jvp
+def _squared_difference(source, target):
+    """``|S'S - T'T|_F^2``."""
+    return jnp.sum((product(source.T, source) - product(target.T, target)) ** 2)
+
+
+@_squared_difference.defjvp
+def _squared_difference_jvp(primals, tangents):
+    # One product a side, of a difference that is known to be symmetric.
+    source, target = primals
+    difference = product(source.T, source) - product(target.T, target)
+    slopes = (
+        product(rows, difference) * tangent
+        for rows, tangent in zip(primals, tangents, strict=True)
+    )
+    of_source, of_target = map(jnp.sum, slopes)
+    return jnp.sum(difference**2), 4.0 * (of_source - of_target)
 
 
 @jax.custom_jvp

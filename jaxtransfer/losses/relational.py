@@ -48,7 +48,7 @@ def similarity_preserving(
         eqs. 1-4.
     """
     student, teacher, counts = _pair(student_features, teacher_features, where)
-    grams = [unit(gram(rows), axis=1) for rows in (student, teacher)]
+    grams = [unit(gram(rows), axis=1, moderate=True) for rows in (student, teacher)]
     total = jnp.maximum(jnp.sum(counts), 1.0)
     return jnp.sum((grams[0] - grams[1]) ** 2) / total**2
 
@@ -106,7 +106,7 @@ def correlation_congruence(
         raise ValueError(f'form must be "paper" or "code", got {form!r}.')
 
     def kernel(rows):
-        rows = unit(rows, axis=1)
+        rows = unit(rows, axis=1, moderate=True)
         cosines = gram(rows)
         term, total = jnp.ones_like(cosines), jnp.ones_like(cosines)
         for p in range(1, order + 1):
