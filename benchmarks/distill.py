@@ -163,9 +163,8 @@ class TeacherCall:
 
     def __init__(self, model: Model, variables: Variables, devices: int = 1):
         mesh = parallel.make_mesh(devices=jax.devices()[:devices])
-        self._look = jax.jit(
-            lambda variables, x: model.apply(variables, x)[0],
-            compiler_options=parallel.compiler_options(mesh),
+        self._look = parallel.jit(
+            lambda variables, x: model.apply(variables, x)[0], mesh
         )
         if devices > 1:
             variables = parallel.replicate(variables, mesh)

@@ -9,7 +9,7 @@ Under ``pmap`` and ``shard_map`` each device sees its own part; build the step w
 import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -98,27 +98,55 @@ _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 _NOT_CONVOLUTIONS = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 
-def compiler_options(mesh: Mesh | None = None) -> dict[str, str]:
-    """What to give ``jax.jit`` as ``compiler_options`` for the fastest program.
+def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Any:
+    """``jax.jit`` with those options of XLA that make the fastest program.
 
     On a CPU, XLA hands convolutions to a library that runs those of many channels on
     one core only. A program for one device has all cores, and takes 0.7 to 1.0 of the
-    time without that library; those for a device a core are better off with it.
-    :func:`jit_step` and :func:`shard_map_step` ask for these options themselves.
+    time without that library; those for a device a core are better off with it. Nothing
+    is changed on an accelerator, for several devices, for a version of XLA without the
+    option, if ``XLA_FLAGS`` says what is wished, and within another compiled function,
+    whose options hold. :func:`jit_step` and :func:`shard_map_step` compile by it.
 
     Args:
+        function: what is compiled.
         mesh: what the program is for; one device if ``None``.
+        options: of ``jax.jit``.
 
     Returns:
-        Options by name. Empty on an accelerator, for several devices, for a version of
-        XLA without the option, or if ``XLA_FLAGS`` says what is wished.
+        The compiled function; its attribute ``lower`` is that of ``jax.jit``.
 
     Example:
-        >>> import jax
-        >>> predict = jax.jit(lambda x: 2.0 * x, compiler_options=compiler_options())
+        >>> predict = jit(lambda x: 2.0 * x)
         >>> float(predict(1.0))
         2.0
     """
+
+    @functools.cache
+    def compiled() -> Any:
+        # At the first call: the devices may not be settled before.
+        return jax.jit(function, compiler_options=_compiler_options(mesh), **options)
+
+    within = jax.jit(function, **options)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        try:
+            return compiled()(*arguments, **named)
+        except ValueError as error:
+            if "compiler_options" not in str(error):
+                raise
+        # JAX takes options for the outermost function only.
+        return within(*arguments, **named)
+
+    def lower(*arguments: Any, **named: Any) -> Any:
+        return compiled().lower(*arguments, **named)
+
+    call.lower = lower  # pyright: ignore[reportAttributeAccessIssue]
+    return call
+
+
+def _compiler_options(mesh: Mesh | None) -> dict[str, str]:
     several = mesh is not None and mesh.devices.size > 1
     asked = _LIBRARY in os.environ.get("XLA_FLAGS", "")
     if several or asked or jax.default_backend() != "cpu":
@@ -174,25 +202,18 @@ def jit_step(step: Step, mesh: Mesh | None = None, *, donate: bool = True) -> St
             "in_shardings": (whole, whole, split),
             "out_shardings": (whole, whole),
         }
-
-    @functools.cache
-    def compiled() -> Any:
-        # At the first call: the devices may not be settled before.
-        return jax.jit(
-            _without_frozen(step),
-            donate_argnums=(0,) if donate else (),
-            compiler_options=compiler_options(mesh),
-            **shardings,
-        )
+    compiled = jit(
+        _without_frozen(step), mesh, donate_argnums=(0,) if donate else (), **shardings
+    )
 
     def call(state: Any, batch: Batch) -> Any:
         if mesh is not None:
             batch, state = shard_batch(batch, mesh), replicate(state, mesh)
-        rest, metrics = compiled()(state.replace(frozen=None), state.frozen, batch)
+        rest, metrics = compiled(state.replace(frozen=None), state.frozen, batch)
         return rest.replace(frozen=state.frozen), metrics
 
     def lower(state: Any, batch: Batch) -> Any:
-        return compiled().lower(state.replace(frozen=None), state.frozen, batch)
+        return compiled.lower(state.replace(frozen=None), state.frozen, batch)
 
     call.lower = lower  # pyright: ignore[reportFunctionMemberAccess]
     return call
@@ -219,7 +240,7 @@ def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
     mapped = jax.shard_map(
         step, mesh=mesh, in_specs=(P(), P(axis_name)), out_specs=(P(), P())
     )
-    compiled = jax.jit(mapped, compiler_options=compiler_options(mesh))
+    compiled = jit(mapped, mesh)
 
     def call(state: Any, batch: Batch) -> Any:
         return compiled(replicate(state, mesh), shard_batch(batch, mesh))
@@ -324,8 +345,8 @@ def keep_host_memory() -> bool:
 
 
 __all__ = [
-    "compiler_options",
     "initialize_distributed",
+    "jit",
     "jit_step",
     "keep_host_memory",
     "make_mesh",

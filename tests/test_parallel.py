@@ -471,9 +471,9 @@ def test_kept_memory_is_not_asked_for_again():
 
 def test_convolutions_for_one_device_run_on_all_cores(mesh):
     """A step for one device asks XLA for it; one for several does not."""
-    if not parallel.compiler_options():
+    if not parallel._compiler_options(None):
         pytest.skip("no CPU, or an XLA without the option")
-    assert not parallel.compiler_options(mesh)
+    assert not parallel._compiler_options(mesh)
     net = from_linen(nets.ResNet(3, depth=8, filters=32))
     images = {"inputs": jnp.ones((8, 16, 16, 3)), "labels": jnp.zeros(8, jnp.int32)}
     start = net.init(KEY, images["inputs"])
@@ -487,11 +487,31 @@ def test_convolutions_for_one_device_run_on_all_cores(mesh):
     assert of_libraries(parallel.jit_step(step)) < of_libraries(jax.jit(step))
 
 
+def test_compiled_functions_go_into_others():
+    """JAX takes compiler options for the outermost function only."""
+    twice = parallel.jit(lambda x, y=2.0: y * x, static_argnames="y")
+
+    def summed(values):
+        rest = jax.lax.scan(lambda total, x: (total + twice(x), None), 0.0, values)
+        return rest[0] + twice(1.0, y=3.0)
+
+    values = jnp.arange(3.0)
+    assert float(jax.jit(summed)(values)) == 9.0
+    np.testing.assert_array_equal(jax.grad(jax.jit(summed))(values), 2.0)
+    np.testing.assert_array_equal(jax.vmap(twice)(values), 2 * values)
+    with pytest.raises(ValueError, match="mine"):
+        parallel.jit(_failing)(1.0)
+
+
+def _failing(x):
+    raise ValueError("mine")
+
+
 def test_an_xla_without_the_option_is_left_alone(monkeypatch):
     monkeypatch.setattr(parallel, "_LIBRARY", "xla_cpu_no_such_option")
     parallel._known_options.cache_clear()
-    assert parallel.compiler_options() == {}
+    assert parallel._compiler_options(None) == {}
     monkeypatch.undo()
     parallel._known_options.cache_clear()
     monkeypatch.setenv("XLA_FLAGS", f"--{parallel._LIBRARY}=")
-    assert parallel.compiler_options() == {}
+    assert parallel._compiler_options(None) == {}

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxtransfer import losses
-from jaxtransfer.parallel import compiler_options
+from jaxtransfer.parallel import jit
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -82,7 +82,7 @@ def extract_all(
     count = len(inputs)
     if count == 0:
         raise ValueError("inputs: no examples to extract features of")
-    run = jax.jit(extract(source, tap=tap), compiler_options=compiler_options())
+    run = jit(extract(source, tap=tap))
     parts = []
     for start in range(0, count, batch_size):
         part = jnp.asarray(inputs[start : start + batch_size])

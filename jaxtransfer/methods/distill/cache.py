@@ -31,7 +31,7 @@ from jaxtransfer.methods.distill.cache_open import (
     opened,
 )
 from jaxtransfer.methods.distill.taught import TOP_K, TeacherCache
-from jaxtransfer.parallel import compiler_options
+from jaxtransfer.parallel import jit
 from jaxtransfer.train.folders import check_folder
 from jaxtransfer.typing import Inputs, Model, Variables
 
@@ -63,10 +63,11 @@ def cache_teacher(
     their number, which chooses the matrix product's kernel: other batch sizes differ in
     the last bits. So with the ``batch_size`` of the training and float32, distillation
     from the cache equals distillation from the teacher bit for bit (an incomplete last
-    batch is filled up). This was seen with dense and convolutional networks; on other
-    devices nothing is promised. The same is true of the augmentation if it only moves
-    values, as shifts and mirrors do; sums of products may be rounded otherwise in
-    another compiled program.
+    batch is filled up), in a step that `jaxtransfer.parallel.jit_step` compiles for one
+    device. This was seen with dense and convolutional networks; on other devices
+    nothing is promised. The same is true of the augmentation if it only moves values,
+    as shifts and mirrors do; sums of products may be rounded otherwise in another
+    compiled program.
 
     Args:
         folder: for this cache alone; made if it doesn't exist.
@@ -189,7 +190,7 @@ def _look(
         which = which.astype(np.min_scalar_type(classes - 1))
         return {**dict(zip(TOP_K, (likeliest, which), strict=True)), **features}
 
-    return jax.jit(look, compiler_options=compiler_options())
+    return jit(look)
 
 
 def _shapes(
