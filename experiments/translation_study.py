@@ -90,7 +90,7 @@ def read(config: Config) -> Corpus:
         test = text.read("test_2016_flickr", config.data_dir)
     train = _first(train, config.sentences)
     if config.earlier is not None:
-        vocabulary = Vocabulary((config.earlier / VOCABULARY).read_bytes())
+        vocabulary = Vocabulary(_of_run(config.earlier, VOCABULARY).read_bytes())
     else:
         few = _first(train, config.poor_pairs)
         learned = train["en"] + train["de"]
@@ -117,7 +117,17 @@ def _file_name(name: str) -> str:
 
 def _options_of(folder: Path) -> dict[str, Any]:
     """The options of a run."""
-    return json.loads((folder / "config.json").read_text())["config"]
+    return json.loads(_of_run(folder, "config.json").read_text())["config"]
+
+
+def _of_run(folder: Path, name: str) -> Path:
+    """A file that every run has."""
+    if not (folder / name).is_file():
+        raise FileNotFoundError(
+            f"earlier: {folder} has no {name}; give the folder of a run of this study, "
+            "RUN_DIR/distill_translation/TIME"
+        )
+    return folder / name
 
 
 class Study:

@@ -132,4 +132,7 @@ def test_rows_that_make_no_sense(tmp_path, rows):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path, poor_rows=("magic",))
     with pytest.raises(ValueError, match="poor_rows:"):
         study.main(config)
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, earlier=tmp_path)
+    with pytest.raises(FileNotFoundError, match="earlier: .* give the folder of a run"):
+        study.main(config)
     assert not list(tmp_path.iterdir())
