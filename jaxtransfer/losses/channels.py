@@ -113,10 +113,8 @@ def neuron_selectivity_transfer(
             f"shapes {jnp.shape(student_maps)} and {jnp.shape(teacher_maps)}; pool the "
             "larger."
         )
-    s, t = (
-        unit(student, axis=1, moderate=True).mT,
-        unit(teacher, axis=1, moderate=True).mT,
-    )  # [batch, channels, ...]
+    # [batch, channels, places]
+    s, t = (unit(maps, axis=1, moderate=True).mT for maps in (student, teacher))
     kernels = gram(t), gram(s), product(s, t.mT)
     of_teacher, of_student, between = (jnp.mean(k**2, axis=(1, 2)) for k in kernels)
     return of_teacher + of_student - 2.0 * between
