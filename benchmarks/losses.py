@@ -1,27 +1,31 @@
 """What does every loss cost at training size, beside its peer in PyTorch?
 
 ``python -m benchmarks.losses [--only WORDS] [--memory] [--fresh] [--rounds N]
-[--json FILE]``: value and gradient, compiled, of batches of 256 with 1,000 classes,
-embeddings of 512 and maps of 32 x 32 x 64. Both get the same numbers and must return
-the same value. Needs PyTorch (``pip install torch``). ``--memory`` adds what each holds
-beside its inputs: of the compiled program here, by the profiler for the peer. Both run
-with `jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is given.
+[--precision NAME] [--json FILE]``: value and gradient, compiled, of batches of 256 with
+1,000 classes, embeddings of 512 and maps of 32 x 32 x 64. Both get the same numbers and
+must return the same value. Needs PyTorch (``pip install torch``). ``--memory`` adds
+what each holds beside its inputs: of the compiled program here, by the profiler for the
+peer. Both run with `jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is
+given. On a GPU all is compiled before anything is timed, by as many threads as there
+are cores.
 """
 
 import argparse
+import concurrent.futures
 import importlib
 import itertools
 import json
 import os
 import pkgutil
 import tempfile
+import typing
 from pathlib import Path
 
 import jax
 import numpy as np
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, pytorch
 from benchmarks.common import interleave
 from jaxtransfer import parallel
 
@@ -49,7 +53,8 @@ def in_torch(row: peers.Row):
         array = np.ascontiguousarray(array)
         # PyTorch indexes by long only.
         integral = np.issubdtype(array.dtype, np.integer)
-        return torch.from_numpy(array.astype(np.int64) if integral else array)
+        array = array.astype(np.int64) if integral else array
+        return torch.from_numpy(array).to(pytorch.device())
 
     inputs = jax.tree.map(tensor, row.inputs)
     wrt = [inputs[i] for i in row.wrt]
@@ -60,7 +65,7 @@ def in_torch(row: peers.Row):
         value = row.peer(*inputs)
         return value.detach(), *torch.autograd.grad(value, jax.tree.leaves(wrt))
 
-    return run
+    return pytorch.waited_for(run)
 
 
 def memory_of_jax(row: peers.Row) -> float:
@@ -72,7 +77,9 @@ def memory_of_jax(row: peers.Row) -> float:
 
 
 def memory_of_torch(run) -> float:
-    """MB that a call holds at once beside its inputs, by PyTorch's own profiler."""
+    """MB that a call holds at once beside its inputs, as PyTorch itself counts."""
+    if pytorch.device().type != "cpu":
+        return pytorch.megabytes_on_gpu(run)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         results = run()
@@ -96,15 +103,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="memory is not kept")
+    parser.add_argument(
+        "--precision",
+        choices=typing.get_args(pytorch.Precision),
+        default="float32",
+        help="of products on a GPU",
+    )
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args()
     kept = not options.fresh and parallel.keep_host_memory()
+    pytorch.set_precision(options.precision)
+    chosen = {
+        name: row
+        for name, row in rows().items()
+        if not options.only or any(word in name for word in options.only)
+    }
+    compiled = {}
+    if pytorch.device().type != "cpu":  # whose caches and cores this would disturb
+        compiled = {name: in_jax(row) for name, row in chosen.items()}
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(lambda run: run(), compiled.values()))
     record = {}
     print(f"{'loss':<40} {'jax ms':>9} {'torch ms':>9} {'ratio':>6}  of")
-    for name, row in rows().items():
-        if options.only and not any(word in name for word in options.only):
-            continue
-        ours, theirs = in_jax(row), in_torch(row)
+    for name, row in chosen.items():
+        ours, theirs = compiled.pop(name, None) or in_jax(row), in_torch(row)
         if row.rtol is not None:
             np.testing.assert_allclose(
                 float(ours()[0]), float(theirs()[0]), rtol=row.rtol, err_msg=name
@@ -127,6 +149,8 @@ def main() -> None:
         facts = {
             "jax": jax.__version__,
             "torch": torch.__version__,
+            "device": jax.devices()[0].device_kind,
+            "precision": options.precision,
             "cores": os.cpu_count(),
             "memory kept": kept,
         }

@@ -9,6 +9,7 @@ PyTorch if it is installed (``pip install torch``).
 import functools
 import importlib.metadata
 import importlib.util
+import sys
 import time
 
 import jax
@@ -72,21 +73,38 @@ def by_torch(loss, size):
     """The same in PyTorch."""
     import torch  # here, so that it is no part of the memory of the others
 
+    from benchmarks import pytorch
+
+    device = pytorch.device()
     source, target, bandwidths = sets(*size)
-    source, target = torch.from_numpy(source), torch.from_numpy(target)
+    source, target = (torch.from_numpy(x).to(device) for x in (source, target))
     source.requires_grad_(), target.requires_grad_()
 
     def run():
         value = loss(source, target, bandwidths, xp=torch)
         return value.detach(), *torch.autograd.grad(value, (source, target))
 
-    return run
+    return pytorch.waited_for(run)
 
 
 def peak_of(build, loss, size) -> float:
-    """GB of a process that builds and runs it, libraries (about 0.3) included."""
+    """GB of a process that builds and runs it, libraries (about 0.3) included.
+
+    On a GPU: of its memory, beyond what is there before.
+    """
+    before = on_device()
     jax.block_until_ready(build(loss, size)())
-    return peak_memory()
+    return peak_memory() if jax.default_backend() == "cpu" else on_device() - before
+
+
+def on_device() -> float:
+    """GB that were held at once on a GPU so far, by JAX or by PyTorch."""
+    if jax.default_backend() == "cpu":
+        return 0.0
+    held = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if "torch" in sys.modules:
+        held += sys.modules["torch"].cuda.max_memory_allocated()
+    return held / 1e9
 
 
 def candidates(size) -> dict:
@@ -152,6 +170,10 @@ def fastest(run, *arguments) -> float:
 
 def main() -> None:
     """Measure and report."""
+    if HAS_TORCH:
+        from benchmarks import pytorch
+
+        pytorch.set_precision("float32")
     seconds, ratio, memory, best = {}, {}, {}, {}
     for size in SMALL + LARGE:
         name = " x ".join(map(str, size))

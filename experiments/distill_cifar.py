@@ -10,6 +10,8 @@ looked up has seen no shifted ones).
 """
 
 import dataclasses
+import functools
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -86,6 +88,9 @@ class Config(StudyConfig):
     """"test", or "valid" to choose options by: training images that are not used."""
     test_images: int = 10_000
     """Images to score with, the first ones."""
+    side_by_side: bool = False
+    """Seeds trained side by side by one program of many updates. For an accelerator,
+    where an update of so small a network is mostly waiting; takes the memory of all."""
 
 
 PRESETS = {
@@ -105,6 +110,7 @@ PRESETS = {
         per_class=(15, 150, 1500),
         updates=56_000,
         seeds=5,
+        side_by_side=True,
     ),
 }
 
@@ -224,18 +230,23 @@ class Student(NamedTuple):
     Attributes:
         start: ``(key, lesson) -> training state``.
         update: ``(state, (images, taught)) -> (state, metrics)``.
+        together: :attr:`stride` updates of several seeds.
+        stride: how many at once.
         logits: ``(state, lesson, inputs) -> logits`` of the trained student.
     """
 
     start: Callable[[jax.Array, Lesson], Any]
     update: Callable[[Any, Any], Any]
+    together: Callable[[Any, Any], Any]
+    stride: int
     logits: Callable[[Any, Lesson, jax.Array], jax.Array]
 
 
 def make_student(config: Config, row: str, teacher: Model) -> Student:
     """The objective of a row, and what belongs to it."""
-    # Students under vmap are grouped convolutions otherwise, which a CPU is slow at.
-    layer = {"conv": nets.PatchConv} if row == MUTUAL else {}
+    # Students under vmap are grouped convolutions otherwise, which are slow.
+    several = config.side_by_side or row == MUTUAL
+    layer = {"conv": nets.PatchConv} if several else {}
     student = resnet(config, config.student_depth, **layer)
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.updates)
     optimizer = optax.chain(
@@ -281,6 +292,17 @@ def make_student(config: Config, row: str, teacher: Model) -> Student:
     def update(state: Any, given: Any) -> Any:
         return step(state, sample(config, state, *given))
 
+    stride = math.gcd(config.updates, 50)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def together(states: Any, given: Any) -> Any:
+        def next_one(states: Any, _: None) -> Any:
+            states, measured = jax.vmap(update)(states, given)
+            return states, measured["loss"].total
+
+        states, losses = jax.lax.scan(next_one, states, length=stride)
+        return states, losses[-1]
+
     bridge_path = last_blocks(config.teacher_depth)[-1]
     own_path = last_blocks(config.student_depth)[-1]
 
@@ -301,7 +323,7 @@ def make_student(config: Config, row: str, teacher: Model) -> Student:
         head = lesson.teacher.params["linear"]
         return pooled @ head["kernel"] + head["bias"]
 
-    return Student(start, parallel.jit_step(update), logits)
+    return Student(start, parallel.jit_step(update), together, stride, logits)
 
 
 def sample(
@@ -324,21 +346,38 @@ def sample(
     }
 
 
-def follow(row: str, state: Any, update: Callable[..., Any], given: Any, updates: int):
-    """All updates of a student on what it is given; its training state.
+def follow(
+    config: Config, row: str, student: Student, keys: list[jax.Array], lessons: Any
+) -> list[Any]:
+    """All updates of a student for several seeds; their training states.
 
     Raises:
         FloatingPointError: the loss is not finite at the end.
     """
-    measured = {}
-    for _ in range(updates):
-        state, measured = update(state, given)
-    if not np.isfinite(float(measured["loss"].total)):
-        raise FloatingPointError(
-            f"{row}: the loss is not finite after {updates} updates; take a smaller "
-            "--learning-rate"
+    states = [student.start(*given) for given in zip(keys, lessons, strict=True)]
+    losses = []
+    if config.side_by_side:
+        states, given = (
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+            for trees in (states, [(own.images, own.taught) for own in lessons])
         )
-    return state
+        for _ in range(config.updates // student.stride):
+            states, losses = student.together(states, given)
+        states = [
+            jax.tree.map(lambda leaf, n=n: leaf[n], states) for n in range(len(keys))
+        ]
+    else:
+        for n, own in enumerate(lessons):
+            given, measured = (own.images, own.taught), {}
+            for _ in range(config.updates):
+                states[n], measured = student.update(states[n], given)
+            losses.append(measured["loss"].total)
+    if not np.isfinite(np.asarray(losses)).all():
+        raise FloatingPointError(
+            f"{row}: the loss is not finite after {config.updates} updates; take a "
+            "smaller --learning-rate"
+        )
+    return states
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -379,35 +418,38 @@ def main(config: Config) -> dict[str, Any]:
         display.console.print(f"teacher: {score:.2f} %")
         for count in config.per_class:
             found: dict[str, list[float]] = {name: [] for name in names}
-            for seed in range(config.seeds):
-                chosen = subset(train.labels, count, seed)
-                images = Images(train.inputs[chosen], train.labels[chosen])
-                taps = last_blocks(config.teacher_depth)
-                taught = look(teacher, teacher_variables, images.inputs, taps)
-                lesson = Lesson(images, taught, teacher_variables)
-                if unused:
-                    rest = np.setdiff1d(np.arange(len(train.labels)), chosen)
-                    test = Images(*(part[rest[: config.test_images]] for part in train))
+            seeds = list(range(config.seeds))
+            # Seed by seed, so that a study that is stopped has whole ones.
+            for group in [seeds] if config.side_by_side else [[s] for s in seeds]:
+                lessons, tests = [], []
+                for seed in group:
+                    chosen = subset(train.labels, count, seed)
+                    images = Images(train.inputs[chosen], train.labels[chosen])
+                    taps = last_blocks(config.teacher_depth)
+                    taught = look(teacher, teacher_variables, images.inputs, taps)
+                    lessons.append(Lesson(images, taught, teacher_variables))
+                    if unused:
+                        rest = np.setdiff1d(np.arange(len(train.labels)), chosen)
+                        rest = rest[: config.test_images]
+                        test = Images(*(part[rest] for part in train))
+                    tests.append(test)
+                keys = [prng.stream(root, f"seed {seed}") for seed in group]
                 for name in names:
                     display.update(bar, description=f"{10 * count} images, {name}")
-                    key = prng.stream(root, f"seed {seed}")
                     student = students[name]
-                    begun = student.start(key, lesson)
-                    given = lesson.images, lesson.taught
-                    state = follow(name, begun, student.update, given, config.updates)
-                    value = accuracy(
-                        lambda x, own=student, state=state, lesson=lesson: own.logits(
-                            state, lesson, x
-                        ),
-                        test,
-                    )
-                    found[name].append(value)
-                    line = {"images": 10 * count, "seed": seed, "row": name}
-                    keep(folder, "values.jsonl", **line, value=value)
-                    display.console.print(
-                        f"{10 * count} images, seed {seed}, {name}: {value:.2f} %"
-                    )
-                    display.advance(bar)
+                    states = follow(config, name, student, keys, lessons)
+                    for seed, state, lesson, held_out in zip(
+                        group, states, lessons, tests, strict=True
+                    ):
+                        predict = functools.partial(student.logits, state, lesson)
+                        value = accuracy(predict, held_out)
+                        found[name].append(value)
+                        line = {"images": 10 * count, "seed": seed, "row": name}
+                        keep(folder, "values.jsonl", **line, value=value)
+                        display.console.print(
+                            f"{10 * count} images, seed {seed}, {name}: {value:.2f} %"
+                        )
+                        display.advance(bar)
             for name, values in found.items():
                 compared = None if name == CE else CE if name == KD else KD
                 rows.append(Row(f"{10 * count} images", name, values, compared))

@@ -82,7 +82,7 @@ def _median(source, target):
     rows = torch.cat([source, target])
     distances = _gram(rows, rows)
     n = len(source)
-    pairs = torch.triu_indices(2 * n, 2 * n, 1)
+    pairs = torch.triu_indices(2 * n, 2 * n, 1, device=rows.device)
     kernel = _several(distances, distances.detach()[pairs[0], pairs[1]].median())
     return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
 
@@ -275,7 +275,7 @@ def _critic(critic, rows):
 
 
 def _penalty(critic, source, target):
-    places = torch.rand(len(source), 1)
+    places = torch.rand(len(source), 1, device=source.device)
     rows = torch.cat([target + places * (source - target), source, target])
     rows.requires_grad_()
     outputs = _critic(critic, rows)
@@ -298,7 +298,7 @@ def _sinkhorn(costs, epsilon, threshold=1e-3, limit=2000):
     """Log-domain Sinkhorn between uniform weights: dual potentials."""
     n, m = costs.shape
     u, v = np.log(1 / n), np.log(1 / m)
-    f, g = torch.zeros(n), torch.zeros(m)
+    f, g = costs.new_zeros(n), costs.new_zeros(m)
     for step in range(limit):
         f = epsilon * (u - torch.logsumexp((g - costs) / epsilon, 1))
         g = epsilon * (v - torch.logsumexp((f[:, None] - costs) / epsilon, 0))
@@ -345,11 +345,11 @@ def _permutations(source, target, count=1000):
     def value(signed):
         return ((signed @ kernel) * signed).sum(1)
 
-    signed = torch.full((1, len(kernel)), 1 / n)
+    signed = kernel.new_full((1, len(kernel)), 1 / n)
     signed[:, n:] *= -1
     observed = value(signed)[0]
     with torch.no_grad():
-        orders = torch.rand(count, len(kernel)).argsort(1)
+        orders = torch.rand(count, len(kernel), device=kernel.device).argsort(1)
         rarer = (value(signed[0][orders]) >= observed).sum()
     return observed + (1 + rarer) / (1 + count)
 

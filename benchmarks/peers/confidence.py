@@ -101,7 +101,7 @@ def _library_virtual(network, inputs):
 def _centroid(features, logits, rounds=1):
     with torch.no_grad():
         p = F.softmax(logits, 1)
-        extended = torch.cat([features, torch.ones(len(features), 1)], 1)
+        extended = torch.cat([features, features.new_ones(len(features), 1)], 1)
         extended = F.normalize(extended, dim=1)
         weights = p
         for _ in range(rounds + 1):
@@ -109,7 +109,7 @@ def _centroid(features, logits, rounds=1):
             cosines = extended @ F.normalize(centroids, dim=1).T
             cosines[:, weights.sum(0) == 0] = -torch.inf
             labels = cosines.argmax(1)
-            weights = torch.eye(logits.shape[1])[labels]
+            weights = torch.eye(logits.shape[1], device=logits.device)[labels]
     return F.cross_entropy(logits, labels)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.peers import Rows
+from benchmarks.pytorch import device, waited_for
 
 ROWS: Rows = {}
 """None: these are no losses."""
@@ -87,7 +88,7 @@ def network(depth: int, filters: int, weights: Mapping[str, np.ndarray]) -> ResN
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unknown:
         raise ValueError(f"weights: missing {missing}, unknown {unknown}")
-    return net
+    return net.to(device())
 
 
 class Step(NamedTuple):
@@ -126,8 +127,8 @@ def make_step(
     teacher.to(memory_format=order).eval()  # pyright: ignore[reportCallIssue]
     student.to(memory_format=order).train()  # pyright: ignore[reportCallIssue]
     inputs = torch.tensor(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
-    inputs = inputs.to(memory_format=order)
-    goals = torch.tensor(labels.astype(np.int64))
+    inputs = inputs.to(device(), memory_format=order)
+    goals = torch.tensor(labels.astype(np.int64), device=device())
     optimizer = torch.optim.SGD(
         student.parameters(), lr=settings.rate, momentum=settings.momentum
     )
@@ -156,9 +157,10 @@ def make_step(
 
     def gradient() -> dict[str, np.ndarray]:
         return {
-            name: parameter.grad.numpy().copy()
+            name: parameter.grad.cpu().numpy().copy()
             for name, parameter in student.named_parameters()
             if parameter.grad is not None
         }
 
-    return Step(lambda: update(taught()), lambda: update(stored), gradient)
+    online, cached = lambda: update(taught()), lambda: update(stored)
+    return Step(waited_for(online), waited_for(cached), gradient)

@@ -202,7 +202,7 @@ def _contrast(queries, own, labels, queue, temperature=0.07):
     logits = torch.cat([own, others], 1) / temperature
     positive = F.one_hot(labels, len(queue)).float()
     positive = positive.repeat_interleave(queue.shape[1], 1)
-    positive = torch.cat([torch.ones(len(labels), 1), positive], 1)
+    positive = torch.cat([positive.new_ones(len(labels), 1), positive], 1)
     positive = positive / positive.sum(1, keepdim=True)
     return -(positive * F.log_softmax(logits, 1)).sum(1).mean()
 

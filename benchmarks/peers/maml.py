@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.peers import Rows
+from benchmarks.pytorch import device, waited_for
 
 ROWS: Rows = {}
 """None: these are no losses."""
@@ -29,12 +30,16 @@ class Setting(NamedTuple):
         steps: inner steps.
         rate: of the inner steps.
         filters: filters of each convolution.
+        ways: classes of a task.
+        tasks: of a meta-step.
     """
 
     strided: bool
     steps: int
     rate: float = 0.1
     filters: int = 64
+    ways: int = 5
+    tasks: int = 16
 
 
 class MetaStep(NamedTuple):
@@ -77,12 +82,12 @@ def network(setting: Setting, weights: dict[str, np.ndarray]) -> Conv4:
     """The network with given weights, in the layout of PyTorch."""
     net = Conv4(setting, len(weights["head.bias"]))
     net.load_state_dict({name: torch.tensor(w) for name, w in weights.items()})
-    return net
+    return net.to(device())
 
 
 def episodes(arrays: dict[str, np.ndarray]) -> list[torch.Tensor]:
     """Support images and labels, then those of the query, with an axis of tasks."""
-    return [torch.tensor(array) for array in arrays.values()]
+    return [torch.tensor(array, device=device()) for array in arrays.values()]
 
 
 def with_adam(net: nn.Module, meta_loss: Callable[[], torch.Tensor]) -> MetaStep:
@@ -97,12 +102,12 @@ def with_adam(net: nn.Module, meta_loss: Callable[[], torch.Tensor]) -> MetaStep
 
     def gradient() -> dict[str, np.ndarray]:
         return {
-            name: parameter.grad.numpy().copy()
+            name: parameter.grad.cpu().numpy().copy()
             for name, parameter in net.named_parameters()
             if parameter.grad is not None
         }
 
-    return MetaStep(run, gradient)
+    return MetaStep(waited_for(run), gradient)
 
 
 def loop(setting: Setting, weights: Any, arrays: Any) -> MetaStep:
@@ -111,7 +116,7 @@ def loop(setting: Setting, weights: Any, arrays: Any) -> MetaStep:
     names = [name for name, _ in net.named_parameters()]
 
     def meta_loss() -> torch.Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=device())
         for images, labels, queries, goals in tasks:
             fast = list(net.parameters())
             for _ in range(setting.steps):
@@ -171,7 +176,7 @@ def by_higher(setting: Setting, weights: Any, arrays: Any) -> MetaStep:
     inner = torch.optim.SGD(net.parameters(), lr=setting.rate)
 
     def meta_loss() -> torch.Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=device())
         for images, labels, queries, goals in tasks:
             with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as pair:
                 fast, descent = pair
@@ -194,7 +199,7 @@ def by_torchopt(setting: Setting, weights: Any, arrays: Any) -> MetaStep:
     own = dict(net.named_parameters())
 
     def meta_loss() -> torch.Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=device())
         start = torchopt.extract_state_dict(net, by="reference")
         slots = torchopt.extract_state_dict(inner, by="reference")
         for images, labels, queries, goals in tasks:
@@ -211,9 +216,10 @@ def by_torchopt(setting: Setting, weights: Any, arrays: Any) -> MetaStep:
     return with_adam(net, meta_loss)
 
 
+AT_ONCE = "torch.func, vmap of grad"
 FORMS: dict[str, Callable[[Setting, Any, Any], MetaStep]] = {
     "PyTorch, loop over tasks": loop,
-    "torch.func, vmap of grad": vmapped,
+    AT_ONCE: vmapped,
     "higher": by_higher,
     "TorchOpt": by_torchopt,
 }

@@ -141,7 +141,7 @@ def _hidden_mse(student, teacher, mask):
 def _hidden_cosine(student, teacher, mask):
     student, teacher = _kept(student, mask), _kept(teacher, mask)
     return F.cosine_embedding_loss(
-        student, teacher, torch.ones(len(student)), reduction="mean"
+        student, teacher, student.new_ones(len(student)), reduction="mean"
     )
 
 

@@ -14,6 +14,7 @@ from jaxtransfer.ops.fourier import fourier_sums
 from jaxtransfer.ops.kernels import mean_squared_distance, self_squared_distances
 from jaxtransfer.ops.order import kth_smallest
 from jaxtransfer.ops.pairwise import gaussian_kernel_sum
+from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
 
 LEAST_ROWS = {"biased": 1, "unbiased": 2, "linear": 2, "block": 2, "fourier": 1}
@@ -243,7 +244,7 @@ def _by_frequencies(local, every, kernels, weights, frequencies, axis_name):
     every_source, _, p, q = every
     counts = jnp.sum(p), jnp.sum(q)
     # A common shift changes no distance, and keeps the angles small.
-    shift = p @ every_source / jnp.maximum(counts[0], 1.0)
+    shift = product(p, every_source) / jnp.maximum(counts[0], 1.0)
     shift, scales = jax.lax.stop_gradient((shift, jnp.sqrt(2.0 / kernels)))
     means = []
     for rows, chosen, count in zip((source, target), (u, v), counts, strict=True):
@@ -261,8 +262,14 @@ def sums_of(kernel, u, v):
     """The sums over distinct pairs from the matrix of both sets' pairs together."""
     n = len(u)
     kernel = jnp.where(jnp.eye(len(kernel), dtype=bool), 0.0, kernel)
-    by_source, by_target = kernel[:, :n] @ u, kernel[:, n:] @ v
-    return jnp.stack([u @ by_source[:n], v @ by_target[n:], u @ by_target[:n]])
+    by_source, by_target = product(kernel[:, :n], u), product(kernel[:, n:], v)
+    return jnp.stack(
+        [
+            product(u, by_source[:n]),
+            product(v, by_target[n:]),
+            product(u, by_target[:n]),
+        ]
+    )
 
 
 def kernel_of(distances, kernels, weights):
@@ -302,7 +309,7 @@ def _by_blocks(given, kernels, weights, size):
         # Without the pairs of equal places, so that the estimate is a U-statistic of
         # pairs (s_i, t_i).
         at_once = jnp.sum((source - target) ** 2, axis=1)
-        paired = u * v @ kernel_of(at_once, kernels, weights)
+        paired = product(u * v, kernel_of(at_once, kernels, weights))
         value = pairs + 2.0 * each * paired
         return value, jnp.all(u > 0) & jnp.all(v > 0)
 

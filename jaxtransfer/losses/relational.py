@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from jaxtransfer.losses.directions import root, unit
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.ops.kernels import self_squared_distances
-from jaxtransfer.ops.products import gram
+from jaxtransfer.ops.products import gram, product
 from jaxtransfer.ops.sums import sum_first
 from jaxtransfer.typing import AnyArray
 
@@ -191,10 +191,9 @@ def relational_angle(
     """
     student, teacher, counts = _pair(student_embeddings, teacher_embeddings, where)
     angles = [_angles(rows) for rows in (student, teacher)]
-    by_place = jnp.einsum(
-        "ijk,j,k->i", optax.losses.huber_loss(*angles), counts, counts
-    )
-    return (counts @ by_place) / jnp.maximum(jnp.sum(counts), 1.0) ** 3
+    errors = optax.losses.huber_loss(*angles)
+    total = product(product(product(errors, counts), counts), counts)
+    return total / jnp.maximum(jnp.sum(counts), 1.0) ** 3
 
 
 def relational_knowledge_distillation(

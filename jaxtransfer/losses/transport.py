@@ -448,8 +448,8 @@ def _entropy_strength(epsilon, costs, u, v):
         if not isinstance(epsilon, Tracer) and not epsilon > 0:
             raise ValueError(f"epsilon must be positive, got {epsilon}.")
         return jax.lax.stop_gradient(jnp.asarray(epsilon, costs.dtype))
-    centre = u @ costs @ v
-    deviation = jnp.sqrt(u @ (costs - centre) ** 2 @ v)
+    centre = product(product(u, costs), v)
+    deviation = jnp.sqrt(product(product(u, (costs - centre) ** 2), v))
     # Costs that are equal but for rounding have no deviation to scale by.
     floor = 16 * jnp.finfo(costs.dtype).eps * jnp.max(jnp.abs(costs))
     strength = jnp.maximum(0.05 * deviation, floor)

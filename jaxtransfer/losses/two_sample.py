@@ -12,7 +12,7 @@ from jaxtransfer.losses.discrepancy import bandwidths, kernel_of
 from jaxtransfer.losses.sets import check_widths, weighted_rows
 from jaxtransfer.ops.kernels import self_squared_distances
 from jaxtransfer.ops.order import kth_smallest
-from jaxtransfer.ops.products import product
+from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import AnyArray
 
 POWERS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -168,7 +168,7 @@ def optimal_kernel_weights(
     count = jnp.maximum(jnp.sum(whole), 1.0)
     seen = jnp.sum(whole * terms, axis=0) / count
     centred = whole * (terms - seen)
-    covariance = centred.T @ centred / jnp.maximum(count - 1.0, 1.0)
+    covariance = gram(centred.T) / jnp.maximum(count - 1.0, 1.0)
     size = jnp.trace(covariance) / len(kernels)
     ridge = regularization * jnp.where(size > 0, size, 1.0)
     covariance = covariance + ridge * jnp.eye(len(kernels), dtype=covariance.dtype)
@@ -180,7 +180,7 @@ def optimal_kernel_weights(
 
     def step(_, state):
         before, ahead, momentum = state
-        moved = ahead - length * quadratic @ ahead
+        moved = ahead - length * product(quadratic, ahead)
         after = optax.projections.projection_simplex(jnp.where(useful, moved, -1e9))
         later = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * momentum**2))
         ahead = after + (momentum - 1.0) / later * (after - before)

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxtransfer import losses
+from jaxtransfer.ops.products import product
 from jaxtransfer.parallel import jit
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
@@ -205,12 +206,12 @@ def logistic_regression(
     rows = jnp.ones(len(features), bool) if where is None else where
     weight = rows / jnp.maximum(rows.sum(), 1)
     features = features.astype(jnp.float32)
-    centre = weight @ features
-    scale = jnp.sqrt(weight @ (features - centre) ** 2 + 1e-5)
+    centre = product(weight, features)
+    scale = jnp.sqrt(product(weight, (features - centre) ** 2) + 1e-5)
     inputs = (features - centre) / scale
 
     def value(params: dict[str, jax.Array]) -> jax.Array:
-        logits = inputs @ params["kernel"] + params["bias"]
+        logits = product(inputs, params["kernel"]) + params["bias"]
         data = jnp.sum(weight * losses.cross_entropy(logits, labels))
         return data + l2 / 2 * jnp.sum(params["kernel"] ** 2)
 
@@ -233,7 +234,7 @@ def logistic_regression(
         iterate, (start, solver.init(start)), length=iterations
     )
     kernel = params["kernel"] / scale[:, None]
-    return {"kernel": kernel, "bias": params["bias"] - centre @ kernel}
+    return {"kernel": kernel, "bias": params["bias"] - product(centre, kernel)}
 
 
 __all__ = ["extract", "extract_all", "logistic_regression", "objective", "predict"]

@@ -59,12 +59,12 @@ def fourier_sums(
     @jax.checkpoint
     def of_chunk(rows, u):
         angles = product(rows, frequencies)
-        return jnp.stack(
-            [
-                jnp.stack([u @ jnp.cos(scale * angles), u @ jnp.sin(scale * angles)])
-                for scale in scales
-            ]
-        )
+        sums = [
+            product(u, wave(scale * angles))
+            for scale in scales
+            for wave in (jnp.cos, jnp.sin)
+        ]
+        return jnp.stack(sums).reshape(len(scales), 2, -1)
 
     if len(x) <= chunk_size:
         return of_chunk(x, u)

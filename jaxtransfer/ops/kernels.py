@@ -124,7 +124,7 @@ def mean_squared_distance(
         ]
     total = sum(jnp.sum(w) for w in weights)
     pairs = total**2 - sum(jnp.sum(w**2) for w in weights)
-    sums = sum(w @ rows for w, rows in zip(weights, sets, strict=True))
+    sums = sum(product(w, rows) for w, rows in zip(weights, sets, strict=True))
     mean = sums / jnp.where(total > 0, total, 1.0)
     scatter = sum(
         jnp.sum(w * jnp.sum((rows - mean) ** 2, axis=1))

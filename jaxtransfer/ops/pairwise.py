@@ -93,7 +93,7 @@ def gaussian_kernel_sum(
         x, y, u, v = gather(x), gather(y), gather(u), gather(v)
     # A common shift leaves the distances alone and removes most of the cancellation.
     total = jnp.sum(jnp.abs(u))
-    shift = jnp.abs(u) @ x / jnp.where(total > 0, total, 1.0)
+    shift = product(jnp.abs(u), x) / jnp.where(total > 0, total, 1.0)
     # In a few digits less, or x - shift may become a fused multiply in some of its uses
     # and not in others: rows that are equal would no longer be.
     bits = jnp.finfo(dtype)
@@ -221,7 +221,7 @@ def _tile(rows, weights, kernel, of_one):
         itself = jnp.eye(len(first), dtype=bool)
         # Its slope moves nothing, but under a narrow kernel its rounding would.
         values, slope = (jnp.where(itself, 0.0, v) for v in (values, slope))
-    return weights[0] @ (values @ weights[1]), slope
+    return product(weights[0], product(values, weights[1])), slope
 
 
 def _cut(rows, index, tile):

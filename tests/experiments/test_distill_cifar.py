@@ -25,6 +25,34 @@ def test_smoke_writes_a_table(tmp_path):
     assert all(0 <= value <= 100 for row in written for value in row["values"])
 
 
+def test_seeds_side_by_side_learn_the_same(key):
+    """One program of many updates, against one call an update, seed after seed."""
+    config = dataclasses.replace(SMOKE, updates=4)
+    teacher = study.resnet(config, config.teacher_depth)
+    variables = study.read_teacher(config, teacher)
+    images = study.read(config, "train")
+    taps = study.last_blocks(config.teacher_depth)
+    lessons = []
+    for start in (0, 5):
+        own = study.Images(*(part[start:][:15] for part in images))
+        taught = study.look(teacher, variables, own.inputs, taps)
+        lessons.append(study.Lesson(own, taught, variables))
+    keys = list(jax.random.split(key))
+    found = []
+    for side_by_side in (False, True):
+        config = dataclasses.replace(config, side_by_side=side_by_side)
+        student = study.make_student(config, "CRD", teacher)
+        found.append(study.follow(config, "CRD", student, keys, lessons))
+    for one, other in zip(*found, strict=True):
+        assert int(one.step) == int(other.step) == 4
+        for a, b in zip(
+            jax.tree.leaves((one.params, one.model_state)),
+            jax.tree.leaves((other.params, other.model_state)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_every_row_can_begin(key):
     """Taps, bridges and memories of all rows exist for student and teacher."""
     student, teacher = (nets.ResNet(10, depth=depth, filters=4) for depth in (8, 14))

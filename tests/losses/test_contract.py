@@ -15,6 +15,14 @@ from tests.losses.cases import CASES, WITHOUT
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+OF_A_NETWORK = {
+    losses.fisher_information,
+    losses.gradient_penalty,
+    losses.virtual_adversarial,
+}
+"""Their programs hold a network, whose products are its own affair."""
+
+
 def having(condition):
     """The cases that a promise applies to."""
     cases = [case for case in CASES if condition(case)]
@@ -87,6 +95,18 @@ def _scale(tree):
     return max(values, default=1.0) or 1.0
 
 
+def _products(jaxpr):
+    """The matrix products of a program and of all within it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                yield from _products(getattr(inner, "jaxpr", inner))
+
+
 def _assert_finite(case, arrays):
     for leaf in jax.tree.leaves(_run(case, arrays)):
         assert np.isfinite(leaf).all()
@@ -112,6 +132,17 @@ def test_result_has_its_shape_and_dtype(case):
         assert result.shape == (len(case.arrays[0]),)
 
 
+@having(lambda case: case.function not in OF_A_NETWORK)
+def test_products_have_all_digits_on_every_device(case):
+    """An accelerator drops some of float32's unless it is told otherwise."""
+    arrays = _cast(case.arrays, jnp.float32)
+    program = _jitted(CASES.index(case)).trace(*arrays).jaxpr
+    for equation in _products(program.jaxpr):
+        precision = equation.params["precision"]
+        assert precision is not None, equation
+        assert set(precision) == {jax.lax.Precision.HIGHEST}, equation
+
+
 @every
 def test_agrees_eager_jit_vmap_and_pmap(case):
     arrays = _cast(case.arrays, jnp.float32)
@@ -122,7 +153,10 @@ def test_agrees_eager_jit_vmap_and_pmap(case):
         value = case.function(*arrays, **case.options)
     _close(value, expected[0], 1e-5, atol)
     pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arrays)
-    for transformed in (jax.jit(jax.vmap(run)), jax.pmap(run)):
+    transformations = [jax.jit(jax.vmap(run))]
+    if jax.local_device_count() > 1:  # one GPU can't
+        transformations.append(jax.pmap(run))
+    for transformed in transformations:
         got = transformed(*pair)
         _close(jax.tree.map(lambda leaf: leaf[1], got), expected, 2e-5, atol)
 

@@ -182,7 +182,7 @@ def nearest_neighbors(
         near = jnp.where(member.any(axis=1), -distances, -jnp.inf)
         _, which = jax.lax.top_k(near, neighbors)
         weights = 1 + 0.5 ** jnp.arange(1, neighbors + 1, dtype=features.dtype)
-        votes = jnp.einsum("qnk,n->qk", member[which].astype(features.dtype), weights)
+        votes = product(weights, member[which].astype(features.dtype))
         unknown = jnp.isnan(near).any(axis=1, keepdims=True)
         return jnp.where(unknown, jnp.nan, jnp.log(votes + 1))
 
