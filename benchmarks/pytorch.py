@@ -1,7 +1,9 @@
 """PyTorch on the device that JAX has: where its tensors lie, its precision, its memory.
 
 On a GPU both multiply matrices and convolve in float32 by TF32 unless told otherwise
-(PyTorch: convolutions only). A comparison gives both the same, by :func:`precision`.
+(PyTorch: convolutions only). A comparison gives both the same, by
+:func:`set_precision`. JAX takes most of a GPU's memory at its start, and as much as it
+needs if ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` is set.
 """
 
 import functools

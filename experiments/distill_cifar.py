@@ -346,38 +346,42 @@ def sample(
     }
 
 
-def follow(
-    config: Config, row: str, student: Student, keys: list[jax.Array], lessons: Any
-) -> list[Any]:
-    """All updates of a student for several seeds; their training states.
+def follow(row: str, state: Any, update: Callable[..., Any], given: Any, updates: int):
+    """All updates of a student on what it is given; its training state.
 
     Raises:
         FloatingPointError: the loss is not finite at the end.
     """
-    states = [student.start(*given) for given in zip(keys, lessons, strict=True)]
-    losses = []
-    if config.side_by_side:
-        states, given = (
-            jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-            for trees in (states, [(own.images, own.taught) for own in lessons])
-        )
-        for _ in range(config.updates // student.stride):
-            states, losses = student.together(states, given)
-        states = [
-            jax.tree.map(lambda leaf, n=n: leaf[n], states) for n in range(len(keys))
-        ]
-    else:
-        for n, own in enumerate(lessons):
-            given, measured = (own.images, own.taught), {}
-            for _ in range(config.updates):
-                states[n], measured = student.update(states[n], given)
-            losses.append(measured["loss"].total)
-    if not np.isfinite(np.asarray(losses)).all():
+    measured = {}
+    for _ in range(updates):
+        state, measured = update(state, given)
+    _check(row, measured["loss"].total, updates)
+    return state
+
+
+def follow_together(row: str, states: list[Any], student: Student, given: Any, updates):
+    """The same for several seeds at once, with what each is given.
+
+    Raises:
+        FloatingPointError: a loss is not finite at the end.
+    """
+    states, given = (
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        for trees in (states, given)
+    )
+    losses = jnp.zeros(0)
+    for _ in range(updates // student.stride):
+        states, losses = student.together(states, given)
+    _check(row, losses, updates)
+    return [jax.tree.map(lambda leaf, n=n: leaf[n], states) for n in range(len(losses))]
+
+
+def _check(row: str, losses: jax.Array, updates: int) -> None:
+    if not np.isfinite(losses).all():
         raise FloatingPointError(
-            f"{row}: the loss is not finite after {config.updates} updates; take a "
-            "smaller --learning-rate"
+            f"{row}: the loss is not finite after {updates} updates; take a smaller "
+            "--learning-rate"
         )
-    return states
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -437,7 +441,17 @@ def main(config: Config) -> dict[str, Any]:
                 for name in names:
                     display.update(bar, description=f"{10 * count} images, {name}")
                     student = students[name]
-                    states = follow(config, name, student, keys, lessons)
+                    states = list(map(student.start, keys, lessons))
+                    given = [(own.images, own.taught) for own in lessons]
+                    if config.side_by_side:
+                        states = follow_together(
+                            name, states, student, given, config.updates
+                        )
+                    else:
+                        states = [
+                            follow(name, state, student.update, own, config.updates)
+                            for state, own in zip(states, given, strict=True)
+                        ]
                     for seed, state, lesson, held_out in zip(
                         group, states, lessons, tests, strict=True
                     ):

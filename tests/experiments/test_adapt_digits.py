@@ -25,10 +25,12 @@ def domain(name, config):
 
 
 @pytest.mark.slow
-def test_smoke_prints_the_same_table_twice_and_saves_its_files(tmp_path):
+def test_smoke_prints_the_same_rows_again_and_saves_its_files(tmp_path):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path, steps=8)
-    first, second = adapt_digits.main(config), adapt_digits.main(config)
-    assert first["rows"] == second["rows"]
+    first = adapt_digits.main(config)
+    second = adapt_digits.main(dataclasses.replace(config, methods=("DANN",)))
+    again = [row for row in first["rows"] if row.method in (SOURCE_ONLY, "DANN", BOUND)]
+    assert second["rows"] == again
     assert [row.method for row in first["rows"]] == [
         SOURCE_ONLY,
         "MMD",
@@ -42,8 +44,10 @@ def test_smoke_prints_the_same_table_twice_and_saves_its_files(tmp_path):
     assert [row["values"] for row in recorded["rows"]] == [
         row.values for row in first["rows"]
     ]
-    table = (first["folder"] / "table.md").read_bytes()
-    assert table == (second["folder"] / "table.md").read_bytes()
+    tables = [
+        (run["folder"] / "table.md").read_text().splitlines() for run in (first, second)
+    ]
+    assert set(tables[1]) < set(tables[0])
 
 
 def test_adaptation_gets_no_target_label(tmp_path, monkeypatch):

@@ -42,7 +42,15 @@ def test_seeds_side_by_side_learn_the_same(key):
     for side_by_side in (False, True):
         config = dataclasses.replace(config, side_by_side=side_by_side)
         student = study.make_student(config, "CRD", teacher)
-        found.append(study.follow(config, "CRD", student, keys, lessons))
+        states = list(map(student.start, keys, lessons))
+        given = [(own.images, own.taught) for own in lessons]
+        if side_by_side:
+            found.append(study.follow_together("CRD", states, student, given, 4))
+        else:
+            pairs = zip(states, given, strict=True)
+            found.append(
+                [study.follow("CRD", s, student.update, g, 4) for s, g in pairs]
+            )
     for one, other in zip(*found, strict=True):
         assert int(one.step) == int(other.step) == 4
         for a, b in zip(

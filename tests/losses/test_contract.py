@@ -33,6 +33,16 @@ def _is_float(leaf):
     return np.issubdtype(np.asarray(leaf).dtype, np.floating)
 
 
+# A CPU's older code for fused loops compiles in half of the time; some hundred programs
+# of a few rows each are all that this file is.
+_QUICKLY = {"xla_cpu_use_fusion_emitters": False}
+_QUICKLY = _QUICKLY if jax.default_backend() == "cpu" else {}
+
+
+def _jit(function):
+    return jax.jit(function, compiler_options=_QUICKLY)
+
+
 def _cast(arrays, dtype):
     return jax.tree.map(
         lambda leaf: jnp.asarray(leaf, dtype if _is_float(leaf) else None), arrays
@@ -75,7 +85,7 @@ def _weights(values):
 
 @functools.cache
 def _jitted(index):
-    return jax.jit(_both(CASES[index]))
+    return _jit(_both(CASES[index]))
 
 
 def _run(case, arrays):
@@ -153,7 +163,7 @@ def test_agrees_eager_jit_vmap_and_pmap(case):
         value = case.function(*arrays, **case.options)
     _close(value, expected[0], 1e-5, atol)
     pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arrays)
-    transformations = [jax.jit(jax.vmap(run))]
+    transformations = [_jit(jax.vmap(run))]
     if jax.local_device_count() > 1:  # one GPU can't
         transformations.append(jax.pmap(run))
     for transformed in transformations:
@@ -165,7 +175,7 @@ def test_agrees_eager_jit_vmap_and_pmap(case):
 def test_gradient_is_that_of_finite_differences(case, float64):
     arrays = list(_cast(case.arrays, jnp.float64))
 
-    @jax.jit
+    @jax.jit  # which takes no options within what differentiates it
     def of(*some):
         given = dict(zip(case.differentiable, some, strict=True))
         filled = [given.get(i, array) for i, array in enumerate(arrays)]
@@ -217,7 +227,7 @@ def test_finite_at_extreme_logits(case):
 @having(lambda case: case.more)
 def test_finite_at_further_inputs(case):
     for name, arrays in case.more.items():
-        run = jax.jit(_both(case))
+        run = _jit(_both(case))
         for leaf in jax.tree.leaves(run(*_cast(arrays, jnp.float32))):
             assert np.isfinite(leaf).all(), name
 
@@ -226,7 +236,7 @@ def test_finite_at_further_inputs(case):
 def test_half_precision_is_accumulated_in_float32(case):
     half = _cast(case.arrays, jnp.bfloat16)
     widened = _cast(half, jnp.float32)
-    result = jax.jit(lambda *a: case.function(*a, **case.options))(*half)
+    result = _jit(lambda *a: case.function(*a, **case.options))(*half)
     expected, _ = _jitted(CASES.index(case))(*widened)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(result))
     _close(result, expected, 1e-5, 1e-6 * _scale(expected))
@@ -250,7 +260,7 @@ def test_masked_rows_may_hold_anything_and_change_nothing(case):
         jax.tree.map(padded, argument) if i in masked else argument
         for i, argument in enumerate(case.arrays)
     )
-    got, gradient = jax.jit(_both(case, **masks))(*_cast(arrays, jnp.float32))
+    got, gradient = _jit(_both(case, **masks))(*_cast(arrays, jnp.float32))
     atol = 2e-6 * _scale(expected)
     if case.per_example:
         np.testing.assert_array_equal(got[-2:], 0.0)
@@ -271,6 +281,6 @@ def test_finite_when_nothing_counts(case):
         name: jnp.zeros(len(jax.tree.leaves(case.arrays[positions[0]])[0]), bool)
         for name, positions in case.masks.items()
     }
-    run = jax.jit(_both(case, **masks))
+    run = _jit(_both(case, **masks))
     for leaf in jax.tree.leaves(run(*_cast(case.arrays, jnp.float32))):
         assert np.isfinite(leaf).all()

@@ -62,22 +62,11 @@ def test_docstring_says_what_it_takes_and_returns(module, function):
     order = ["Args", "Returns", "Raises", "Example", "Reference"]
     assert [t for t in order if t in titles] == titles
     assert {"Args", "Returns", "Example"} <= set(titles)
+    # `make doctest` runs it.
+    assert doctest.DocTestParser().get_examples(inspect.getdoc(function))
     arguments = next(p for p in _sections(function) if p.startswith("Args:"))
     described = re.findall(r"^    \*{0,2}(\w+): ", arguments, flags=re.MULTILINE)
     assert described == list(inspect.signature(function).parameters)
-
-
-@every
-def test_example_runs(module, function):
-    namespace = {**vars(module)}
-    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    tests = doctest.DocTestFinder(recurse=False).find(
-        inspect.unwrap(function), function.__name__, globs=namespace
-    )
-    runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
-    for test in tests:
-        runner.run(test)
-    assert runner.tries >= 1 and runner.failures == 0
 
 
 @every
