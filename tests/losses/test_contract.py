@@ -14,7 +14,6 @@ from tests.losses.cases import CASES, WITHOUT
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
-
 OF_A_NETWORK = {
     losses.fisher_information,
     losses.gradient_penalty,
@@ -33,14 +32,22 @@ def _is_float(leaf):
     return np.issubdtype(np.asarray(leaf).dtype, np.floating)
 
 
-# A CPU's older code for fused loops compiles in half of the time; some hundred programs
-# of a few rows each are all that this file is.
-_QUICKLY = {"xla_cpu_use_fusion_emitters": False}
-_QUICKLY = _QUICKLY if jax.default_backend() == "cpu" else {}
+@functools.cache
+def _quickly():
+    """A CPU's older code for fused loops, which compiles in half of the time."""
+    options = {"xla_cpu_use_fusion_emitters": False}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:  # a version of XLA without it
+        return {}
+    return options
 
 
 def _jit(function):
-    return jax.jit(function, compiler_options=_QUICKLY)
+    """For the many small programs of this file, which run once."""
+    return jax.jit(function, compiler_options=_quickly())
 
 
 def _cast(arrays, dtype):
