@@ -1,14 +1,13 @@
 """What does a step of distillation cost with its teacher run, and looked up?
 
 ``python -m benchmarks.distill [--only WORDS] [--rounds N] [--fresh] [--precision NAME]
-[--json FILE]``: an
-update of a student ResNet-8 (SGD with momentum, KD of logits, images of 32 x 32, batch
-64) with a teacher that is run within the compiled step, run in a call of its own, or
-looked up in a cache on the device or on the disk; beside PyTorch, with its images
-contiguous or channels last. Ours run on one device, and with the batch shared by one
-for each core, for XLA runs some convolutions on one core only. All forms get the same
-weights and must return the same loss and gradient. Needs PyTorch. All run with
-`jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is given.
+[--json FILE]``: an update of a student ResNet-8 (SGD with momentum, KD of logits,
+images of 32 x 32, batch 64) with a teacher that is run within the compiled step, run in
+a call of its own, or looked up in a cache on the device or on the disk; beside PyTorch,
+with its images contiguous or channels last. Ours run on one device, and with the batch
+shared by one for each core, for XLA runs some convolutions on one core only. All forms
+get the same weights and must return the same loss and gradient. Needs PyTorch. All run
+with `jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is given.
 
 ``--accuracy`` adds a real task, if ``JAXTRANSFER_DATA_DIR`` (or ``--data-dir``) has
 cifar10 and ``weights/cifar10_resnet56.safetensors``: the time until the student reaches
@@ -23,7 +22,6 @@ import os
 import sys
 import tempfile
 import time
-import typing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -486,12 +484,7 @@ def main() -> None:
     parser.add_argument("--variants", type=int, default=4)
     parser.add_argument("--target", type=float, default=65.0, help="in %%")
     parser.add_argument("--fresh", action="store_true", help="memory is not kept")
-    parser.add_argument(
-        "--precision",
-        choices=typing.get_args(pytorch.Precision),
-        default="tf32",
-        help="of products on a GPU",
-    )
+    pytorch.add_precision(parser, "tf32")
     options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
     words = [""] if options.only is None else options.only
     pairs = {n: p for n, p in PAIRS.items() if any(word in n for word in words)}
@@ -499,9 +492,8 @@ def main() -> None:
         parser.error(f"--only: no teacher of that name; there are {sorted(PAIRS)}")
     kept = not options.fresh and parallel.keep_host_memory()
     jax.config.update("jax_num_cpu_devices", shards(BATCH))
-    pytorch.set_precision(options.precision)
-    on_gpu = pytorch.device().type != "cpu"
-    tolerance = TOLERANCE[options.precision if on_gpu else "float32"]
+    precision = pytorch.set_precision(options.precision)
+    tolerance = TOLERANCE[precision]
     seconds, facts = {}, {}
     for name, pair in pairs.items():
         found = measure(pair, options.rounds, tolerance)
@@ -531,7 +523,7 @@ def main() -> None:
         accuracy=task,
         rounds=options.rounds,
         memory_kept=kept,
-        precision=options.precision if on_gpu else "float32",
+        precision=precision,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
     )

@@ -18,7 +18,6 @@ import json
 import os
 import pkgutil
 import tempfile
-import typing
 from pathlib import Path
 
 import jax
@@ -103,16 +102,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="memory is not kept")
-    parser.add_argument(
-        "--precision",
-        choices=typing.get_args(pytorch.Precision),
-        default="float32",
-        help="of products on a GPU",
-    )
+    pytorch.add_precision(parser, "float32")
     parser.add_argument("--json", type=Path, help="write the record to this file")
     options = parser.parse_args()
     kept = not options.fresh and parallel.keep_host_memory()
-    pytorch.set_precision(options.precision)
+    precision = pytorch.set_precision(options.precision)
     chosen = {
         name: row
         for name, row in rows().items()
@@ -150,7 +144,7 @@ def main() -> None:
             "jax": jax.__version__,
             "torch": torch.__version__,
             "device": jax.devices()[0].device_kind,
-            "precision": options.precision,
+            "precision": precision,
             "cores": os.cpu_count(),
             "memory kept": kept,
         }

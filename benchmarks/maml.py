@@ -23,7 +23,6 @@ import functools
 import importlib.util
 import sys
 import time
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -341,17 +340,11 @@ def main() -> None:
         choices=VARIANTS,
         help="other choices than the defaults too",
     )
-    parser.add_argument(
-        "--precision",
-        choices=typing.get_args(pytorch.Precision),
-        default="tf32",
-        help="of products on a GPU",
-    )
+    pytorch.add_precision(parser, "tf32")
     options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
     jax.config.update("jax_num_cpu_devices", shards(16))
-    pytorch.set_precision(options.precision)
-    on_gpu = pytorch.device().type != "cpu"
-    tolerance = TOLERANCE[options.precision if on_gpu else "float32"]
+    precision = pytorch.set_precision(options.precision)
+    tolerance = TOLERANCE[precision]
     seconds, facts = {}, {}
     for name in SETTINGS:
         if not any(word in name for word in options.only):
@@ -374,7 +367,7 @@ def main() -> None:
         seconds,
         settings=facts,
         rounds=options.rounds,
-        precision=options.precision if on_gpu else "float32",
+        precision=precision,
         torch=torch.__version__,
     )
 

@@ -6,7 +6,9 @@ On a GPU both multiply matrices and convolve in float32 by TF32 unless told othe
 needs if ``XLA_PYTHON_CLIENT_PREALLOCATE=false`` is set.
 """
 
+import argparse
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -33,15 +35,26 @@ def device() -> torch.device:
     return torch.device("cuda")
 
 
-def set_precision(name: Precision) -> None:
-    """Give both the same precision; a CPU has one only."""
+def add_precision(parser: argparse.ArgumentParser, default: Precision) -> None:
+    """The option ``--precision`` of a benchmark."""
+    parser.add_argument(
+        "--precision",
+        choices=typing.get_args(Precision),
+        default=default,
+        help="of products on a GPU",
+    )
+
+
+def set_precision(name: Precision) -> Precision:
+    """Give both the same precision; the one they have, for a CPU has one only."""
     if device().type == "cpu":
-        return
+        return "float32"
     jax.config.update(
         "jax_default_matmul_precision", "tensorfloat32" if name == "tf32" else "float32"
     )
     torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
     torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return name
 
 
 def waited_for(run: Callable[[], Any]) -> Callable[[], Any]:

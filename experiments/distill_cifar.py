@@ -359,7 +359,9 @@ def follow(row: str, state: Any, update: Callable[..., Any], given: Any, updates
     return state
 
 
-def follow_together(row: str, states: list[Any], student: Student, given: Any, updates):
+def follow_together(
+    row: str, states: list[Any], student: Student, given: list[Any], updates: int
+) -> list[Any]:
     """The same for several seeds at once, with what each is given.
 
     Raises:

@@ -151,12 +151,13 @@ def _compiler_options(mesh: Mesh | None) -> dict[str, str]:
     asked = _LIBRARY in os.environ.get("XLA_FLAGS", "")
     if several or asked or jax.default_backend() != "cpu":
         return {}
-    return dict(_known_options())
+    return if_known(_LIBRARY, _NOT_CONVOLUTIONS)
 
 
 @functools.cache
-def _known_options() -> dict[str, str]:
-    options = {_LIBRARY: _NOT_CONVOLUTIONS}
+def if_known(option: str, value: str | bool) -> dict[str, Any]:
+    """Compiler options of one entry; none where this version of XLA lacks it."""
+    options = {option: value}
     nothing = jax.jit(lambda: 0, compiler_options=options)
     try:
         nothing.lower().compile()

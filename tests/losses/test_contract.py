@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxtransfer import losses
+from jaxtransfer import losses, parallel
 from tests.losses.cases import CASES, WITHOUT
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -32,22 +32,13 @@ def _is_float(leaf):
     return np.issubdtype(np.asarray(leaf).dtype, np.floating)
 
 
-@functools.cache
-def _quickly():
-    """A CPU's older code for fused loops, which compiles in half of the time."""
-    options = {"xla_cpu_use_fusion_emitters": False}
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a version of XLA without it
-        return {}
-    return options
-
-
 def _jit(function):
-    """For the many small programs of this file, which run once."""
-    return jax.jit(function, compiler_options=_quickly())
+    """For small programs that run once: a CPU's older code for fused loops.
+
+    It compiles in half of the time.
+    """
+    quickly = parallel.if_known("xla_cpu_use_fusion_emitters", False)
+    return jax.jit(function, compiler_options=quickly)
 
 
 def _cast(arrays, dtype):
