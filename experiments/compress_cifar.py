@@ -20,27 +20,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from experiments import distill_cifar
+from experiments.cifar import (
+    CifarConfig,
+    Images,
+    accuracy,
+    follow,
+    look,
+    make_optimizer,
+    read,
+    read_teacher,
+    resnet,
+    sample,
+    subset,
+)
 from experiments.common import (
     Row,
-    StudyConfig,
     command_line,
     interval,
     keep,
     progress,
     show,
     start_run,
-)
-from experiments.distill_cifar import (
-    Images,
-    accuracy,
-    follow,
-    look,
-    read,
-    read_teacher,
-    sample,
 )
 from experiments.distill_cifar_rows import last_blocks
 from jaxtransfer import compress, losses, nets, parallel, prng
@@ -52,30 +53,14 @@ from jaxtransfer.typing import Model, Variables
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(CifarConfig):
     """Options of the study."""
 
     weights: str = "cifar10_resnet20.safetensors"
-    """The teacher's file, under weights/ of a folder of --data-dir, or a path; "random"
-    (an untrained one) is for trying out."""
     teacher_depth: int = 20
-    """Depth of the teacher, 6n + 2."""
-    student_depth: int = 8
-    """Depth of the student, 6n + 2."""
-    filters: int = 16
-    """Filters of the first stage of both."""
+    updates: int = 400
     per_class: int = 1500
     """Training images of a class, the same for all seeds."""
-    rows: tuple[str, ...] = ()
-    """Rows of the table; all if there are none."""
-    updates: int = 400
-    """Updates of a student."""
-    batch_size: int = 64
-    """Images of an update."""
-    learning_rate: float = 0.05
-    """Of SGD with momentum 0.9; falls to 0 along a cosine."""
-    weight_decay: float = 5e-4
-    """Of all the student's weights."""
     kd_temperature: float = 8.0
     """Of the teacher's logits."""
     kd_weight: float = 0.5
@@ -88,8 +73,6 @@ class Config(StudyConfig):
     """Updates between new masks; the share rises from a tenth of the updates to six."""
     latency_batch: int = 1
     """Images of the pass whose time is taken."""
-    test_images: int = 10_000
-    """Images to score with, the first ones."""
 
 
 PRESETS = {
@@ -180,17 +163,6 @@ class Student(NamedTuple):
     outputs: Callable[[Variables, jax.Array], jax.Array]
 
 
-def reading(config: Config) -> distill_cifar.Config:
-    """The options of the study of distillation that reads data and teacher."""
-    return distill_cifar.Config(
-        data_dir=config.data_dir,
-        weights=config.weights,
-        filters=config.filters,
-        per_class=(config.per_class,),
-        batch_size=config.batch_size,
-    )
-
-
 def sparsity_schedule(config: Config) -> Callable[[Any], Any]:
     """From a tenth of the updates to six tenths, ending where masks are made anew."""
     every = config.prune_every
@@ -206,11 +178,7 @@ def make_student(config: Config, recipe: Recipe, teacher: Model) -> Student:
     if recipe.integers:
         image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
         model, served, convert, _ = compress.quantized(net, image)
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.updates)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, momentum=0.9),
-    )
+    optimizer = make_optimizer(config)
     if recipe.pruned:
         optimizer = compress.pruned(
             optimizer,
@@ -237,7 +205,7 @@ def make_student(config: Config, recipe: Recipe, teacher: Model) -> Student:
         return init_state(prng.stream(key, "run"), begun, optimizer)
 
     def update(state: Any, lesson: Lesson) -> Any:
-        return step(state, sample(reading(config), state, *lesson))
+        return step(state, sample(config, state, *lesson))
 
     @jax.jit
     def finish(state: Any) -> Variables:
@@ -276,12 +244,12 @@ def main(config: Config) -> dict[str, Any]:
             raise ValueError(f"{name}: 0 to 1, got {getattr(config, name)}")
     if config.updates < 1:
         raise ValueError(f"updates: at least one, got {config.updates}")
-    source = reading(config)
-    teacher = distill_cifar.resnet(source, config.teacher_depth)
-    teacher_variables = read_teacher(source, teacher)
+    teacher = resnet(config, config.teacher_depth)
+    teacher_variables = read_teacher(config, teacher)
     folder = start_run("compress_cifar", config)
     started = time.perf_counter()
-    everything, test = read(source, "train"), read(source, "test")
+    everything = read(config, "train", config.per_class)
+    test = read(config, "test", config.per_class)
     test = Images(*(part[: config.test_images] for part in test))
     names = [row for row in RECIPES if not config.rows or row in config.rows]
     students = {row: make_student(config, RECIPES[row], teacher) for row in names}
@@ -301,7 +269,7 @@ def main(config: Config) -> dict[str, Any]:
             )
         ]
         display.console.print(f"teacher: {measured[0].score:.2f} %")
-        chosen = distill_cifar.subset(everything.labels, config.per_class, config.seed)
+        chosen = subset(everything.labels, config.per_class, config.seed)
         images = Images(everything.inputs[chosen], everything.labels[chosen])
         taps = (last_blocks(config.teacher_depth)[1],) if config.hint_weight else ()
         lesson = Lesson(images, look(teacher, teacher_variables, images.inputs, taps))

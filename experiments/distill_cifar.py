@@ -1,37 +1,36 @@
 """Distilling a real ResNet-56 into small students, on few images of CIFAR-10.
 
 Every family of distillation has a row: the same student, images, updates and seeds,
-with the weights of the papers. The teacher's outputs and features are computed once,
-for each image and its mirror image, and looked up in training. Last epoch; the complete
-test set.
-
-Deviation from the usual recipe: images are mirrored, not shifted (a teacher that is
-looked up has seen no shifted ones).
+with the weights of the papers. What the teacher says is looked up, see `cifar`. Last
+epoch; the complete test set.
 """
 
 import dataclasses
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from experiments.common import (
-    Row,
-    StudyConfig,
-    command_line,
-    keep,
-    progress,
-    show,
-    start_run,
+from experiments.cifar import (
+    CifarConfig,
+    Images,
+    accuracy,
+    check_finite,
+    follow,
+    look,
+    make_optimizer,
+    read,
+    read_teacher,
+    resnet,
+    sample,
+    subset,
 )
+from experiments.common import Row, command_line, keep, progress, show, start_run
 from experiments.distill_cifar_rows import (
     CE,
     KD,
@@ -43,41 +42,18 @@ from experiments.distill_cifar_rows import (
     make_rows,
     projector,
 )
-from jaxtransfer import data, nets, parallel, pretrained, prng
+from jaxtransfer import nets, parallel, prng
 from jaxtransfer.methods import distill
-from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, train_step
 from jaxtransfer.typing import Model, Variables
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the inputs that the teacher was trained with."""
-
 
 @dataclasses.dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(CifarConfig):
     """Options of the study."""
 
-    weights: str = "cifar10_resnet56.safetensors"
-    """The teacher's file, under weights/ of a folder of --data-dir, or a path; "random"
-    (an untrained one) is for trying out."""
-    teacher_depth: int = 56
-    """Depth of the teacher, 6n + 2."""
-    student_depth: int = 8
-    """Depth of the student, 6n + 2."""
-    filters: int = 16
-    """Filters of the first stage of both."""
     per_class: tuple[int, ...] = (15,)
     """Training images of a class, a block of rows each."""
-    rows: tuple[str, ...] = ()
-    """Rows of the table; all if there are none."""
-    updates: int = 300
-    """Updates of a student."""
-    batch_size: int = 64
-    """Images of an update."""
-    learning_rate: float = 0.05
-    """Of SGD with momentum 0.9; falls to 0 along a cosine."""
-    weight_decay: float = 5e-4
-    """Of all the student's weights."""
     cohort: int = 2
     """Students that learn from each other in the row of mutual learning."""
     kd_temperature: float = 4.0
@@ -86,8 +62,6 @@ class Config(StudyConfig):
     """Of the teacher in the row of tuned KD; the labels have the rest."""
     scored_on: str = "test"
     """"test", or "valid" to choose options by: training images that are not used."""
-    test_images: int = 10_000
-    """Images to score with, the first ones."""
     side_by_side: bool = False
     """Seeds trained side by side by one program of many updates. For an accelerator,
     where an update of so small a network is mostly waiting; takes the memory of all."""
@@ -113,107 +87,6 @@ PRESETS = {
         side_by_side=True,
     ),
 }
-
-
-class Images(NamedTuple):
-    """Normalised images on the device."""
-
-    inputs: jax.Array
-    labels: jax.Array
-
-
-def read(config: Config, split: str) -> Images:
-    """A split of CIFAR-10, or noise for a random teacher."""
-    if config.weights == "random":
-        random = np.random.default_rng(0)
-        labels = np.arange(10 * max(config.per_class), dtype=np.int32) % 10
-        shape = (len(labels), 32, 32, 3)
-        return Images(
-            jnp.asarray(random.normal(size=shape), jnp.float32), jnp.asarray(labels)
-        )
-    arrays = data.as_arrays(data.load("cifar10", split, data_dir=config.data_dir))
-    inputs = (arrays["inputs"] - np.asarray(MEAN, np.float32)) / np.asarray(
-        STD, np.float32
-    )
-    return Images(jnp.asarray(inputs), jnp.asarray(arrays["labels"]))
-
-
-def weights_file(config: Config) -> Path:
-    """The teacher's file.
-
-    Raises:
-        FileNotFoundError: it is nowhere.
-    """
-    folders = (config.data_dir or os.environ.get("JAXTRANSFER_DATA_DIR", "")).split(
-        os.pathsep
-    )
-    places = [Path(config.weights)]
-    places += [Path(f, "weights", config.weights) for f in folders if f]
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(
-        f"weights: no file {config.weights!r}, nor under weights/ of {folders}; give "
-        "its path with --weights, or the folder above with --data-dir"
-    )
-
-
-def read_teacher(config: Config, model: Model) -> Variables:
-    """The trained teacher; every entry of its file is used."""
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    if config.weights == "random":
-        return jax.jit(model.init)(jax.random.key(0), jnp.zeros(image.shape))
-    return pretrained.load(weights_file(config), model, image)[0]
-
-
-def resnet(config: Config, depth: int, **options: Any) -> Model:
-    return from_linen(nets.ResNet(10, depth=depth, filters=config.filters, **options))
-
-
-def look(
-    model: Model, variables: Variables, inputs: jax.Array, taps: tuple[str, ...]
-) -> dict[str, jax.Array]:
-    """Outputs (under ``""``) and features of images and of their mirror images.
-
-    Returns:
-        ``[2, images, ...]`` by path.
-    """
-
-    @jax.jit
-    def some(variables: Variables, inputs: jax.Array) -> dict[str, jax.Array]:
-        outputs, features, _ = model.apply(variables, inputs, taps=taps)
-        return {**features, "": outputs}
-
-    parts = []
-    for turned in (inputs, inputs[:, :, ::-1]):
-        blocks = [
-            some(variables, turned[n : n + 250]) for n in range(0, len(turned), 250)
-        ]
-        parts.append(jax.tree.map(lambda *x: jnp.concatenate(x), *blocks))
-    return jax.tree.map(lambda *x: jnp.stack(x), *parts)
-
-
-def subset(labels: jax.Array, count: int, seed: int) -> np.ndarray:
-    """Numbers of as many images of each class, drawn from the seed.
-
-    Raises:
-        ValueError: a class has fewer.
-    """
-    generator = np.random.default_rng((seed, count))
-    classes = [np.flatnonzero(np.asarray(labels) == c) for c in range(10)]
-    fewest = min(map(len, classes))
-    if count > fewest:
-        raise ValueError(f"per_class: got {count}, but a class has {fewest} images")
-    return np.concatenate([generator.choice(c, count, replace=False) for c in classes])
-
-
-def accuracy(logits: Callable[[jax.Array], jax.Array], test: Images) -> float:
-    """In %, a few images at a time."""
-    found = [
-        jnp.argmax(logits(test.inputs[n : n + 500]), axis=-1)
-        for n in range(0, len(test.labels), 500)
-    ]
-    return 100 * float(jnp.mean(jnp.concatenate(found) == test.labels))
 
 
 class Lesson(NamedTuple):
@@ -248,11 +121,7 @@ def make_student(config: Config, row: str, teacher: Model) -> Student:
     several = config.side_by_side or row == MUTUAL
     layer = {"conv": nets.PatchConv} if several else {}
     student = resnet(config, config.student_depth, **layer)
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.updates)
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, momentum=0.9),
-    )
+    optimizer = make_optimizer(config)
     depths = config.student_depth, config.teacher_depth, config.filters
     tuned = config.kd_temperature, config.kd_weight
     init = jax.jit(student.init)
@@ -326,39 +195,6 @@ def make_student(config: Config, row: str, teacher: Model) -> Student:
     return Student(start, parallel.jit_step(update), together, stride, logits)
 
 
-def sample(
-    config: Config, state: Any, images: Images, taught: Mapping[str, jax.Array]
-) -> dict[str, Any]:
-    """A batch of an update, some of it mirrored, with what the teacher said of it."""
-    key = prng.step_key(prng.stream(state.key, "data"), state.step)
-    number_key, turn_key = prng.streams(key, "numbers", "turns")
-    shape = (config.batch_size,)
-    numbers = jax.random.randint(number_key, shape, 0, len(images.labels))
-    turned = jax.random.bernoulli(turn_key, 0.5, shape)
-    inputs = images.inputs[numbers]
-    inputs = jnp.where(turned[:, None, None, None], inputs[:, :, ::-1], inputs)
-    which = turned.astype(jnp.int32)
-    return {
-        "inputs": inputs,
-        "labels": images.labels[numbers],
-        "index": numbers,
-        "teacher": {path: values[which, numbers] for path, values in taught.items()},
-    }
-
-
-def follow(row: str, state: Any, update: Callable[..., Any], given: Any, updates: int):
-    """All updates of a student on what it is given; its training state.
-
-    Raises:
-        FloatingPointError: the loss is not finite at the end.
-    """
-    measured = {}
-    for _ in range(updates):
-        state, measured = update(state, given)
-    _check(row, measured["loss"].total, updates)
-    return state
-
-
 def follow_together(
     row: str, states: list[Any], student: Student, given: list[Any], updates: int
 ) -> list[Any]:
@@ -374,16 +210,8 @@ def follow_together(
     losses = jnp.zeros(0)
     for _ in range(updates // student.stride):
         states, losses = student.together(states, given)
-    _check(row, losses, updates)
+    check_finite(row, losses, updates)
     return [jax.tree.map(lambda leaf, n=n: leaf[n], states) for n in range(len(losses))]
-
-
-def _check(row: str, losses: jax.Array, updates: int) -> None:
-    if not np.isfinite(losses).all():
-        raise FloatingPointError(
-            f"{row}: the loss is not finite after {updates} updates; take a smaller "
-            "--learning-rate"
-        )
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -408,9 +236,10 @@ def main(config: Config) -> dict[str, Any]:
     teacher_variables = read_teacher(config, teacher)
     folder = start_run("distill_cifar", config)
     started = time.perf_counter()
-    train = read(config, "train")
+    most = max(config.per_class)
+    train = read(config, "train", most)
     unused = config.scored_on == "valid"
-    everything = train if unused else read(config, "test")
+    everything = train if unused else read(config, "test", most)
     test = Images(*(part[: config.test_images] for part in everything))
     names = [row for row in known if not config.rows or row in config.rows]
     root = jax.random.key(config.seed)

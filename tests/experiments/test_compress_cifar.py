@@ -44,7 +44,7 @@ def test_the_share_ends_where_masks_are_made_anew():
 
 
 def test_rows_begin_with_the_same_weights(key):
-    teacher = study.distill_cifar.resnet(study.reading(SMOKE), SMOKE.teacher_depth)
+    teacher = study.resnet(SMOKE, SMOKE.teacher_depth)
     inputs = jax.numpy.ones((2, 32, 32, 3))
     given = jax.jit(teacher.init)(key, inputs)
     first, other = (

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import distill_cifar as study
 from experiments.distill_cifar_rows import make_rows
-from jaxtransfer import nets, pretrained
+from jaxtransfer import nets
 from jaxtransfer.model import from_linen
 
 SMOKE = study.PRESETS["smoke"]
@@ -30,7 +30,7 @@ def test_seeds_side_by_side_learn_the_same(key):
     config = dataclasses.replace(SMOKE, updates=4)
     teacher = study.resnet(config, config.teacher_depth)
     variables = study.read_teacher(config, teacher)
-    images = study.read(config, "train")
+    images = study.read(config, "train", 2)
     taps = study.last_blocks(config.teacher_depth)
     lessons = []
     for start in (0, 5):
@@ -89,61 +89,6 @@ def test_every_row_can_begin(key):
             )[0]
 
         assert jax.eval_shape(run, own, given).shape == (), name
-
-
-def test_what_is_looked_up_is_what_the_teacher_says(key):
-    """Of the image and of its mirror image, for any number of images."""
-    model = study.resnet(SMOKE, 8)
-    inputs = jax.random.normal(key, (3, 32, 32, 3))
-    variables = jax.jit(model.init)(key, inputs)
-    found = study.look(model, variables, inputs, ("layer1_0",))
-    for number, images in enumerate((inputs, inputs[:, :, ::-1])):
-        output, features, _ = model.apply(variables, images, taps=("layer1_0",))
-        np.testing.assert_allclose(found[""][number], output, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(
-            found["layer1_0"][number], features["layer1_0"], rtol=1e-4, atol=1e-4
-        )
-
-
-def test_a_batch_is_mirrored_as_the_teacher_saw_it(key):
-    """The teacher's values of a batch are those of the images in it."""
-    images = study.Images(
-        jax.random.normal(key, (5, 4, 4, 1)), jnp.arange(5, dtype=jnp.int32)
-    )
-    both = jnp.stack([images.inputs, images.inputs[:, :, ::-1]])
-    taught = {"": both.reshape(2, 5, -1)}
-    state = study.init_state(
-        key, study.Variables({"w": jnp.zeros(())}), study.optax.sgd(0.1)
-    )
-    batch = study.sample(SMOKE, state, images, taught)
-    np.testing.assert_array_equal(
-        batch["inputs"].reshape(SMOKE.batch_size, -1), batch["teacher"][""]
-    )
-    np.testing.assert_array_equal(batch["labels"], batch["index"])
-
-
-def test_as_many_images_of_each_class(key):
-    labels = jnp.arange(50) % 10
-    chosen = study.subset(labels, 3, seed=1)
-    assert np.bincount(labels[chosen]).tolist() == [3] * 10
-    assert len(set(chosen.tolist())) == 30
-    assert (chosen != study.subset(labels, 3, seed=2)).any()
-    with pytest.raises(ValueError, match="per_class: got 6, but a class has 5 images"):
-        study.subset(labels, 6, seed=1)
-
-
-def test_the_teacher_s_file(tmp_path, key):
-    config = dataclasses.replace(
-        SMOKE, weights="small.safetensors", data_dir=str(tmp_path)
-    )
-    with pytest.raises(FileNotFoundError, match="no file 'small.*--weights"):
-        study.read_teacher(config, study.resnet(config, 8))
-    model = study.resnet(config, 8)
-    variables = jax.jit(model.init)(key, jnp.ones((1, 32, 32, 3)))
-    (tmp_path / "weights").mkdir()
-    pretrained.save(tmp_path / "weights" / "small.safetensors", variables)
-    found = study.read_teacher(config, model)
-    jax.tree.map(np.testing.assert_array_equal, found, variables)
 
 
 def test_an_unknown_row_is_refused(tmp_path):

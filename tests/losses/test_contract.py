@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxtransfer import losses, parallel
+from jaxtransfer import losses
 from tests.losses.cases import CASES, WITHOUT
 
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -30,15 +30,6 @@ def having(condition):
 
 def _is_float(leaf):
     return np.issubdtype(np.asarray(leaf).dtype, np.floating)
-
-
-def _jit(function):
-    """For small programs that run once: a CPU's older code for fused loops.
-
-    It compiles in half of the time.
-    """
-    quickly = parallel.if_known("xla_cpu_use_fusion_emitters", False)
-    return jax.jit(function, compiler_options=quickly)
 
 
 def _cast(arrays, dtype):
@@ -83,7 +74,7 @@ def _weights(values):
 
 @functools.cache
 def _jitted(index):
-    return _jit(_both(CASES[index]))
+    return jax.jit(_both(CASES[index]))
 
 
 def _run(case, arrays):
@@ -157,11 +148,11 @@ def test_agrees_eager_jit_vmap_and_pmap(case):
     run = _both(case)
     expected = _run(case, case.arrays)
     atol = 2e-6 * _scale(expected)
-    with jax.disable_jit():  # as typed into a prompt
+    with jax.disablejax.jit():  # as typed into a prompt
         value = case.function(*arrays, **case.options)
     _close(value, expected[0], 1e-5, atol)
     pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arrays)
-    transformations = [_jit(jax.vmap(run))]
+    transformations = [jax.jit(jax.vmap(run))]
     if jax.local_device_count() > 1:  # one GPU can't
         transformations.append(jax.pmap(run))
     for transformed in transformations:
@@ -173,7 +164,7 @@ def test_agrees_eager_jit_vmap_and_pmap(case):
 def test_gradient_is_that_of_finite_differences(case, float64):
     arrays = list(_cast(case.arrays, jnp.float64))
 
-    @jax.jit  # which takes no options within what differentiates it
+    @jax.jit
     def of(*some):
         given = dict(zip(case.differentiable, some, strict=True))
         filled = [given.get(i, array) for i, array in enumerate(arrays)]
@@ -225,7 +216,7 @@ def test_finite_at_extreme_logits(case):
 @having(lambda case: case.more)
 def test_finite_at_further_inputs(case):
     for name, arrays in case.more.items():
-        run = _jit(_both(case))
+        run = jax.jit(_both(case))
         for leaf in jax.tree.leaves(run(*_cast(arrays, jnp.float32))):
             assert np.isfinite(leaf).all(), name
 
@@ -234,7 +225,7 @@ def test_finite_at_further_inputs(case):
 def test_half_precision_is_accumulated_in_float32(case):
     half = _cast(case.arrays, jnp.bfloat16)
     widened = _cast(half, jnp.float32)
-    result = _jit(lambda *a: case.function(*a, **case.options))(*half)
+    result = jax.jit(lambda *a: case.function(*a, **case.options))(*half)
     expected, _ = _jitted(CASES.index(case))(*widened)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(result))
     _close(result, expected, 1e-5, 1e-6 * _scale(expected))
@@ -258,7 +249,7 @@ def test_masked_rows_may_hold_anything_and_change_nothing(case):
         jax.tree.map(padded, argument) if i in masked else argument
         for i, argument in enumerate(case.arrays)
     )
-    got, gradient = _jit(_both(case, **masks))(*_cast(arrays, jnp.float32))
+    got, gradient = jax.jit(_both(case, **masks))(*_cast(arrays, jnp.float32))
     atol = 2e-6 * _scale(expected)
     if case.per_example:
         np.testing.assert_array_equal(got[-2:], 0.0)
@@ -279,6 +270,6 @@ def test_finite_when_nothing_counts(case):
         name: jnp.zeros(len(jax.tree.leaves(case.arrays[positions[0]])[0]), bool)
         for name, positions in case.masks.items()
     }
-    run = _jit(_both(case, **masks))
+    run = jax.jit(_both(case, **masks))
     for leaf in jax.tree.leaves(run(*_cast(case.arrays, jnp.float32))):
         assert np.isfinite(leaf).all()

@@ -139,6 +139,7 @@ ABSENT = {
 }
 
 
+@pytest.mark.as_shipped
 @pytest.mark.parametrize("name", ABSENT)
 def test_weight_zero_is_the_term_absent_bit_for_bit(name):
     *both, array = ABSENT[name]

@@ -211,7 +211,15 @@ def test_proto_maml_adapts_the_body_and_takes_learned_rates(float64):
 
 
 @pytest.mark.parametrize(
-    "name", ["prototypical", "matching", "relation", "ridge", "proto_maml"]
+    "name",
+    [
+        "prototypical",
+        "matching",
+        "relation",
+        # Without optimisation, XLA's older code gets this program wrong.
+        pytest.param("ridge", marks=pytest.mark.as_shipped),
+        "proto_maml",
+    ],
 )
 def test_it_learns_to_learn(name):
     size = few_shot.SIGNAL + few_shot.NUISANCE
