@@ -23,9 +23,10 @@ def interleave(
 ) -> dict[str, float]:
     """Time candidates in turn, so that a noisy neighbour disturbs all alike.
 
-    In every round they come in another order, and those that take less than a tenth of
-    a second run once more before they are timed: what the one before left in the
-    caches, and its threads that still spin, are no part of their time.
+    In every round they come in another order, and each runs untimed before it is timed,
+    once or for a hundredth of a second, those of a tenth of a second and more excepted:
+    what the one before left in the caches, and its threads, which spin for milliseconds
+    after their work, are no part of its time.
 
     Args:
         candidates: what to run, by name; each is run once before, to compile.
@@ -49,7 +50,11 @@ def interleave(
         shuffled.shuffle(order)
         for name in order:
             if name in quick:
-                seconds(candidates[name])
+                begin = time.perf_counter()
+                while True:
+                    seconds(candidates[name])
+                    if time.perf_counter() - begin > 0.01:
+                        break
             times[name].append(seconds(candidates[name]))
     return {name: statistics.median(spent) for name, spent in times.items()}
 

@@ -1,8 +1,8 @@
 """Distilling a real ResNet-56 into small students, on few images of CIFAR-10.
 
 Every family of distillation has a row: the same student, images, updates and seeds,
-with the weights of the papers. What the teacher says is looked up, see `cifar`. Last
-epoch; the complete test set.
+with the weights of the papers. What the teacher says is computed once and looked up.
+Last epoch; the complete test set.
 """
 
 import dataclasses

@@ -21,6 +21,8 @@ from jaxtransfer.losses.softened import (
     kl_divergence,
     pair,
     soften,
+    softmax_divergence,
+    tempered,
 )
 from jaxtransfer.typing import AnyArray
 
@@ -71,14 +73,15 @@ def knowledge_distillation(
         Learning from Self-Generated Mistakes" (GKD), ICLR 2024, sec. 2.
     """
     student, teacher, where = pair(student_logits, teacher_logits, where)
-    scale, log_q, log_p = soften(
+    scale, student, teacher = tempered(
         temperature, student.shape[:-1], where, student, teacher
     )
     if divergence == "forward":
-        losses = kl_divergence(log_p, log_q)
+        losses = softmax_divergence(teacher, student)
     elif divergence == "reverse":
-        losses = kl_divergence(log_q, log_p)
+        losses = softmax_divergence(student, teacher)
     elif divergence == "jensen_shannon":
+        log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
         losses = _jensen_shannon(log_p, log_q, beta)
     else:
         raise ValueError(
@@ -431,11 +434,11 @@ def cached_knowledge_distillation(
         rest_p = jnp.log(-jnp.expm1(total_p))
         log_p = jnp.concatenate([log_p, rest_p[..., None]], axis=-1)
         log_q = jnp.concatenate([log_q, rest_q[..., None]], axis=-1)
+        losses = scale * kl_divergence(log_p, log_q)
     else:
         kept = jnp.take_along_axis(student, indices, axis=-1)
-        scale, log_q = soften(temperature, batch, where, kept)
-        log_p = jax.nn.log_softmax(log_p)
-    losses = scale * kl_divergence(log_p, log_q)
+        scale, kept = tempered(temperature, batch, where, kept)
+        losses = scale * softmax_divergence(log_p, kept)
     return counted(losses * jnp.where(valid, 1.0, jnp.nan).astype(losses.dtype), where)
 
 

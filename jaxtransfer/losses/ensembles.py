@@ -9,7 +9,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.reduction import check_mask, widen
-from jaxtransfer.losses.softened import counted, kl_divergence, soften
+from jaxtransfer.losses.softened import (
+    counted,
+    kl_divergence,
+    soften,
+    softmax_divergence,
+    tempered,
+)
 from jaxtransfer.typing import AnyArray
 
 _LOWEST = -200.0
@@ -85,9 +91,10 @@ def multi_teacher_distillation(
 
     if combine == "logits":
         teachers = _average(shares, teachers)
-    scale, log_q, log_p = soften(temperature, batch, where, student, teachers)
+    scale, student, teachers = tempered(temperature, batch, where, student, teachers)
     if combine == "logits":
-        return counted(scale * kl_divergence(log_p, log_q), where)
+        return counted(scale * softmax_divergence(teachers, student), where)
+    log_q, log_p = jax.nn.log_softmax(student), jax.nn.log_softmax(teachers)
     log_mean = jnp.log(_average(shares, jnp.exp(log_p)))
     losses = kl_divergence(log_mean, log_q)
     if combine == "divergences":

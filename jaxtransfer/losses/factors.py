@@ -4,13 +4,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.directions import root, scaled, unit
 from jaxtransfer.losses.maps import inner_axes, masked_maps, same_maps
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.softened import softmax_divergence
 from jaxtransfer.ops.pooling import adaptive_average_pool
 from jaxtransfer.typing import AnyArray
 
@@ -210,12 +210,13 @@ def channel_distillation(
             f"{student.shape}."
         )
     batch, channels = len(student), student.shape[-1]
-    divergences = optax.losses.kl_divergence_with_log_targets(
-        jax.nn.log_softmax(student.reshape(batch, -1, channels) / temperature, axis=1),
-        jax.nn.log_softmax(teacher.reshape(batch, -1, channels) / temperature, axis=1),
-        axis=1,
+    student, teacher = (
+        maps.reshape(batch, -1, channels) * (1 / temperature)
+        for maps in (student, teacher)
     )
-    return temperature**2 * jnp.mean(divergences, axis=1)
+    return temperature**2 * jnp.mean(
+        softmax_divergence(teacher, student, axis=1), axis=1
+    )
 
 
 def pearson_feature_distillation(

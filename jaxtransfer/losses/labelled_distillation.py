@@ -14,7 +14,10 @@ from jaxtransfer.losses.softened import (
     kl_divergence,
     label_mask,
     pair,
+    soft_cross_entropy,
     soften,
+    softmax_divergence,
+    tempered,
 )
 from jaxtransfer.typing import AnyArray
 
@@ -108,11 +111,10 @@ def nontarget_class_distillation(
     """
     student, teacher, where = pair(student_logits, teacher_logits, where)
     is_label, valid = label_mask(student, labels, where)
-    scale, log_q, log_p = soften(
+    scale, student, teacher = tempered(
         temperature, student.shape[:-1], where, student, teacher
     )
-    others = kl_divergence(_others(log_p, is_label), _others(log_q, is_label))
-    return counted(scale * others * valid, where)
+    return counted(scale * _among_others(teacher, student, is_label) * valid, where)
 
 
 def decoupled_knowledge_distillation(
@@ -159,11 +161,12 @@ def decoupled_knowledge_distillation(
     """
     student, teacher, where = pair(student_logits, teacher_logits, where)
     is_label, valid = label_mask(student, labels, where)
-    scale, log_q, log_p = soften(
+    scale, student, teacher = tempered(
         temperature, student.shape[:-1], where, student, teacher
     )
+    log_q, log_p = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
     binary = kl_divergence(_binary(log_p, is_label), _binary(log_q, is_label))
-    others = kl_divergence(_others(log_p, is_label), _others(log_q, is_label))
+    others = _among_others(teacher, student, is_label)
     losses = alpha * (scale * binary) + beta * (scale * others)
     return counted(losses * valid, where)
 
@@ -270,10 +273,10 @@ def weighted_soft_label_distillation(
         for z in jax.lax.stop_gradient((student, teacher))
     )
     weights = -jnp.expm1(-loss_s / (loss_t + 1e-7))
-    scale, log_q, log_p = soften(
+    scale, student, teacher = tempered(
         temperature, student.shape[:-1], where, student, teacher
     )
-    soft = -jnp.sum(jnp.exp(log_p) * log_q, axis=-1)
+    soft = soft_cross_entropy(teacher, student)
     return counted(weights * (scale * soft) * valid, where)
 
 
@@ -341,8 +344,8 @@ def virtual_teacher_distillation(
     if form == "paper":
         losses = knowledge_distillation(student, teacher, temperature=temperature)
     elif form == "code":
-        _, log_u = soften(temperature, student.shape[:-1], where, jnp.exp(teacher))
-        losses = kl_divergence(log_u, jax.nn.log_softmax(student))
+        _, log_u = tempered(temperature, student.shape[:-1], where, jnp.exp(teacher))
+        losses = softmax_divergence(log_u, student)
     else:
         raise ValueError(f'form must be "paper" or "code", got {form!r}.')
     return counted(losses * valid, where)
@@ -356,6 +359,12 @@ def _binary(log_p, is_label):
     """Log-probabilities of the labelled class and of all others together."""
     rest = jax.nn.logsumexp(jnp.where(is_label, -jnp.inf, log_p), axis=-1)
     return jnp.stack([_at(log_p, is_label), rest], axis=-1)
+
+
+def _among_others(teacher, student, is_label):
+    """The divergence of the predictions among the classes but the labelled one."""
+    teacher, student = (jnp.where(is_label, -jnp.inf, z) for z in (teacher, student))
+    return softmax_divergence(teacher, student)
 
 
 def _others(log_p, is_label):

@@ -1,9 +1,12 @@
 """Softened predictions, checked: what the losses of distillation share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxtransfer.losses.classification import classified
@@ -26,8 +29,8 @@ def pair(student, teacher, where):
     return student, jax.lax.stop_gradient(teacher), where
 
 
-def soften(temperature, shape, where, *logits):
-    """``T^2`` and ``log softmax(z / T)`` of each, T a number or one an example."""
+def tempered(temperature, shape, where, *logits):
+    """``T^2`` and ``z / T`` of each, T a number or one an example."""
     if np.ndim(temperature):
         try:
             temperature = jnp.broadcast_to(temperature, shape)
@@ -39,8 +42,15 @@ def soften(temperature, shape, where, *logits):
         if where is not None:
             temperature = jnp.where(where, temperature, 1.0)
     check_positive("temperature", temperature)
-    divisor = jnp.expand_dims(temperature, -1) if np.ndim(temperature) else temperature
-    return temperature**2, *(jax.nn.log_softmax(z / divisor) for z in logits)
+    factor = 1 / temperature  # a division a class would be kept as an array
+    factor = jnp.expand_dims(factor, -1) if np.ndim(factor) else factor
+    return temperature**2, *(z * factor for z in logits)
+
+
+def soften(temperature, shape, where, *logits):
+    """``T^2`` and ``log softmax(z / T)`` of each, T a number or one an example."""
+    scale, *logits = tempered(temperature, shape, where, *logits)
+    return scale, *map(jax.nn.log_softmax, logits)
 
 
 def check_positive(name, value):
@@ -65,6 +75,71 @@ def kl_divergence(log_p, log_q) -> Array:
     p = jnp.exp(log_p)
     # A class that both lack would be inf - inf.
     return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0.0), axis=-1)
+
+
+def softmax_divergence(taught, logits, axis=-1) -> Array:
+    """``KL(p || q)`` of ``p = softmax(taught)`` and ``q = softmax(logits)``.
+
+    :func:`kl_divergence` without the logarithms of p and q as arrays.
+    """
+    return _expected_logarithm(taught, logits, None, axis, True)
+
+
+def soft_cross_entropy(taught, logits, where=None) -> Array:
+    """``-sum_c p_c log q_c`` of ``p = softmax(taught)``, ``q = softmax(logits)``.
+
+    Classes that ``where`` [..., classes] leaves out are missing in the sum only.
+    """
+    return _expected_logarithm(taught, logits, where, -1, False)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _expected_logarithm(taught, logits, where, axis, relative):
+    """``sum_c p_c l_c`` with ``l = log p - log q`` (relative) or ``-log q``.
+
+    The derivatives are written down, for the automatic ones keep several more arrays:
+    ``w q - p`` by the logits, w being the sum of p, and ``p (l - value)`` by the taught
+    ones.
+    """
+    return _expectation(taught, logits, where, axis, relative)[0]
+
+
+def _expectation(taught, logits, where, axis, relative):
+    p, q = (
+        z - jax.lax.stop_gradient(jnp.max(z, axis, keepdims=True))
+        for z in (taught, logits)
+    )
+    powers_p, powers_q = jnp.exp(p), jnp.exp(q)
+    sum_p, sum_q = (jnp.sum(e, axis, keepdims=True) for e in (powers_p, powers_q))
+    offset = jnp.log(sum_q) - (jnp.log(sum_p) if relative else 0.0)
+    counted_p, share = powers_p, 1.0
+    if where is not None:
+        counted_p = jnp.where(where, powers_p, 0.0)
+        share = jnp.sum(counted_p, axis, keepdims=True) / sum_p
+    # A class that both lack would be inf - inf.
+    apart = jnp.where(counted_p > 0, p - q if relative else -q, 0.0)
+    value = jnp.sum(counted_p * apart, axis, keepdims=True) / sum_p + share * offset
+
+    def by_logits():
+        return powers_q * (share / sum_q) - counted_p * (1 / sum_p)
+
+    def by_taught():
+        full = apart + offset
+        full = full if where is None else jnp.where(where, full, 0.0)
+        return powers_p * (1 / sum_p) * (full - value)
+
+    return jnp.squeeze(value, axis), by_logits, by_taught
+
+
+@functools.partial(_expected_logarithm.defjvp, symbolic_zeros=True)
+def _(axis, relative, primals, tangents):
+    taught, logits, where = primals
+    value, by_logits, by_taught = _expectation(taught, logits, where, axis, relative)
+    change = jnp.zeros_like(value)
+    for tangent, slope in zip(tangents, (by_taught, by_logits), strict=False):
+        if not isinstance(tangent, SymbolicZero):
+            change += jnp.sum(slope() * tangent, axis)
+    return value, change
 
 
 def label_mask(logits, labels, where):

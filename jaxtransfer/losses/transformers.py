@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.distillation import knowledge_distillation
 from jaxtransfer.losses.reduction import check_mask, mean, widen
-from jaxtransfer.losses.softened import counted
+from jaxtransfer.losses.softened import counted, soft_cross_entropy
 from jaxtransfer.ops.products import gram
 from jaxtransfer.typing import AnyArray
 
@@ -378,14 +378,9 @@ def _only_real(scores, queries, keys):
 
 
 def _cross_entropy(student, teacher, queries, keys, only_real):
-    among = keys if only_real else None
-    p = _fill(jax.nn.softmax(_only_real(teacher, queries, among)), keys, 0.0)
-    student = _only_real(student, queries, among)
-    student = student - jax.lax.stop_gradient(jnp.max(student, -1, keepdims=True))
-    # sum_j p_j (log sum_k exp s_k - s_j), without log q as a matrix of its own.
-    log_total = jnp.log(jnp.sum(jnp.exp(student), axis=-1))
-    agreement = jnp.sum(p * jnp.where(p > 0, student, 0.0), axis=-1)
-    return jnp.sum(p, axis=-1) * log_total - agreement
+    among, counted = (keys, None) if only_real else (None, keys)
+    both = (_only_real(scores, queries, among) for scores in (teacher, student))
+    return soft_cross_entropy(*both, where=counted)
 
 
 def _divergence(student, teacher, where):

@@ -148,7 +148,7 @@ def test_agrees_eager_jit_vmap_and_pmap(case):
     run = _both(case)
     expected = _run(case, case.arrays)
     atol = 2e-6 * _scale(expected)
-    with jax.disablejax.jit():  # as typed into a prompt
+    with jax.disable_jit():  # as typed into a prompt
         value = case.function(*arrays, **case.options)
     _close(value, expected[0], 1e-5, atol)
     pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), arrays)
