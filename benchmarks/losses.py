@@ -1,13 +1,13 @@
 """What does every loss cost at training size, beside its peer in PyTorch?
 
 ``python -m benchmarks.losses [--only WORDS] [--memory] [--fresh] [--rounds N]
-[--precision NAME] [--json FILE]``: value and gradient, compiled, of batches of 256 with
-1,000 classes, embeddings of 512 and maps of 32 x 32 x 64. Both get the same numbers and
-must return the same value. Needs PyTorch (``pip install torch``). ``--memory`` adds
-what each holds beside its inputs: of the compiled program here, by the profiler for the
-peer. Both run with `jaxtransfer.parallel.keep_host_memory`, unless ``--fresh`` is
-given. On a GPU all is compiled before anything is timed, by as many threads as there
-are cores.
+[--precision NAME] [--json FILE] [--table FILE]``: value and gradient, compiled, of
+batches of 256 with 1,000 classes, embeddings of 512 and maps of 32 x 32 x 64. Both get
+the same numbers and must return the same value. Needs PyTorch (``pip install torch``).
+``--memory`` adds what each holds beside its inputs: of the compiled program here, by
+the profiler for the peer. Both run with `jaxtransfer.parallel.keep_host_memory`, unless
+``--fresh`` is given. On a GPU all is compiled before anything is timed, by as many
+threads as there are cores.
 """
 
 import argparse
@@ -95,6 +95,20 @@ def memory_of_torch(run) -> float:
     return max(itertools.accumulate(change for _, change in changes)) / 1e6
 
 
+def table(record: dict[str, dict]) -> str:
+    """The rows of a record in Markdown, as in ``LOSSES.md``."""
+    lines = [
+        "| loss | ms here | ms PyTorch | ratio | MB here | MB PyTorch | form of |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in record.items():
+        milliseconds = [f"{1e3 * entry[key]:.2f}" for key in ("jax", "torch")]
+        megabytes = [f"{value:.1f}" for value in entry.get("megabytes", {}).values()]
+        cells = [name, *milliseconds, f"{entry['ratio']:.2f}", *(megabytes or ["", ""])]
+        lines.append(f"| {' | '.join([*cells, entry['of']])} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -104,6 +118,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="memory is not kept")
     pytorch.add_precision(parser, "float32")
     parser.add_argument("--json", type=Path, help="write the record to this file")
+    parser.add_argument("--table", type=Path, help="write the table to this file")
     options = parser.parse_args()
     kept = not options.fresh and parallel.keep_host_memory()
     precision = pytorch.set_precision(options.precision)
@@ -139,6 +154,8 @@ def main() -> None:
         )
     slow = [name for name, entry in record.items() if entry["ratio"] > 1.1]
     print(f"{len(record)} losses, {len(slow)} slower than 1.1: {', '.join(slow)}")
+    if options.table is not None:
+        options.table.write_text(table(record))
     if options.json is not None:
         facts = {
             "jax": jax.__version__,
