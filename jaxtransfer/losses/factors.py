@@ -214,9 +214,8 @@ def channel_distillation(
         maps.reshape(batch, -1, channels) * (1 / temperature)
         for maps in (student, teacher)
     )
-    return temperature**2 * jnp.mean(
-        softmax_divergence(teacher, student, axis=1), axis=1
-    )
+    divergences = softmax_divergence(teacher, student, axis=1)
+    return temperature**2 * jnp.mean(divergences, axis=1)
 
 
 def pearson_feature_distillation(

@@ -344,8 +344,8 @@ def virtual_teacher_distillation(
     if form == "paper":
         losses = knowledge_distillation(student, teacher, temperature=temperature)
     elif form == "code":
-        _, log_u = tempered(temperature, student.shape[:-1], where, jnp.exp(teacher))
-        losses = softmax_divergence(log_u, student)
+        _, u = tempered(temperature, student.shape[:-1], where, jnp.exp(teacher))
+        losses = softmax_divergence(u, student)
     else:
         raise ValueError(f'form must be "paper" or "code", got {form!r}.')
     return counted(losses * valid, where)

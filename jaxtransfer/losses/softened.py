@@ -80,7 +80,8 @@ def kl_divergence(log_p, log_q) -> Array:
 def softmax_divergence(taught, logits, axis=-1) -> Array:
     """``KL(p || q)`` of ``p = softmax(taught)`` and ``q = softmax(logits)``.
 
-    :func:`kl_divergence` without the logarithms of p and q as arrays.
+    As :func:`kl_divergence` of their logarithms, which it needs no arrays for; classes
+    that both lack (-inf) add 0.
     """
     return _expected_logarithm(taught, logits, None, axis, True)
 

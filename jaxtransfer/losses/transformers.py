@@ -378,9 +378,9 @@ def _only_real(scores, queries, keys):
 
 
 def _cross_entropy(student, teacher, queries, keys, only_real):
-    among, counted = (keys, None) if only_real else (None, keys)
+    among, summed = (keys, None) if only_real else (None, keys)
     both = (_only_real(scores, queries, among) for scores in (teacher, student))
-    return soft_cross_entropy(*both, where=counted)
+    return soft_cross_entropy(*both, where=summed)
 
 
 def _divergence(student, teacher, where):
