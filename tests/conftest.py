@@ -52,31 +52,30 @@ if TYPES_CHECKED:
 gc.disable()
 
 
-_QUICK = {"xla_cpu_use_fusion_emitters": False}
-"""XLA's older code for loops on a CPU: compiled in a third to a half of the time."""
-
-_as_users_have_it = False
+_present_code = False
 
 
 def _compile_quickly() -> None:
-    """Have all programs compiled by :data:`_QUICK`, but for tests marked "as_shipped".
+    """Have XLA's older code for loops, but for tests marked "present_code".
 
-    JAX takes such options for a single function, or by XLA_FLAGS for the whole process
-    and only if this XLA knows them; so its own function is wrapped, if it is there.
+    It compiles in a third to a half of the time. JAX takes such options for a single
+    function, or by XLA_FLAGS for the whole process and only if this XLA knows them; so
+    its own function is wrapped, if it is there.
     """
     from jax._src import compiler
 
     from jaxtransfer import parallel
 
     original = getattr(compiler, "get_compile_options", None)
-    if original is None or not parallel.if_known(*next(iter(_QUICK.items()))):
+    older = parallel.if_known("xla_cpu_use_fusion_emitters", False)
+    if original is None or not older:
         return
 
     def get_compile_options(*arguments, **named):
         options = original(*arguments, **named)
-        if not _as_users_have_it:
+        if not _present_code:
             asked = dict(options.env_option_overrides)
-            options.env_option_overrides = list({**_QUICK, **asked}.items())
+            options.env_option_overrides = list({**older, **asked}.items())
         return options
 
     compiler.get_compile_options = get_compile_options
@@ -89,8 +88,8 @@ def pytest_sessionstart() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the test's fixtures."""
-    global _as_users_have_it
-    _as_users_have_it = item.get_closest_marker("as_shipped") is not None
+    global _present_code
+    _present_code = item.get_closest_marker("present_code") is not None
 
 
 def _resident_gigabytes() -> float:

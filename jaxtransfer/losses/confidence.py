@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.maps import inner_axes
 from jaxtransfer.losses.reduction import check_mask, widen
-from jaxtransfer.losses.softened import mean_prediction
+from jaxtransfer.losses.softened import mean_prediction, softmax_divergence
 from jaxtransfer.ops.order import argmax
 from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import AnyArray
@@ -284,11 +284,10 @@ def virtual_adversarial(
             f"apply must return [batch, classes] for {len(inputs)} inputs, got shape "
             f"{logits.shape}."
         )
-    held = jax.lax.stop_gradient(jax.nn.log_softmax(logits))
+    held = jax.lax.stop_gradient(logits)
 
     def divergence(change):
-        moved = jax.nn.log_softmax(widen(apply(inputs + change)))
-        return jnp.sum(jnp.exp(held) * (held - moved), axis=-1)
+        return softmax_divergence(held, widen(apply(inputs + change)))
 
     key = jax.random.key(0) if key is None else key
     direction = unit(

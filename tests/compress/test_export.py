@@ -92,7 +92,7 @@ def exported(tmp_path_factory):
     return made
 
 
-@pytest.mark.as_shipped
+@pytest.mark.present_code
 @pytest.mark.parametrize("name", ["mlp", "lenet", "resnet", "integers"])
 def test_the_files_say_the_same_without_the_library(exported, name):
     """To the last bit: the program with its weights inside, and with them apart."""

@@ -96,7 +96,7 @@ def test_a_student_is_distilled_and_pruned_in_one_step():
     assert not same(*statistics)
 
 
-@pytest.mark.as_shipped
+@pytest.mark.present_code
 def test_at_sparsity_zero_nothing_changes():
     plain = steps(SLOTS, OWN, count=3)[-1][0]
     pruned = steps(compress.pruned(SLOTS, 0.0), OWN, count=3)[-1][0]

@@ -139,7 +139,7 @@ ABSENT = {
 }
 
 
-@pytest.mark.as_shipped
+@pytest.mark.present_code
 @pytest.mark.parametrize("name", ABSENT)
 def test_weight_zero_is_the_term_absent_bit_for_bit(name):
     *both, array = ABSENT[name]

@@ -19,7 +19,7 @@ from jaxtransfer.train import init_state, resident, scan_fit, train_step
 from jaxtransfer.typing import Variables
 from tests.twins import same
 
-pytestmark = pytest.mark.as_shipped
+pytestmark = pytest.mark.present_code
 KEY = jax.random.key(0)
 NUMBER, BATCH = 20, 8  # the last batch is not full
 IMAGES = np.asarray(jax.random.normal(KEY, (NUMBER, 8, 8, 3)))

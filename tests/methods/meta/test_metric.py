@@ -217,7 +217,7 @@ def test_proto_maml_adapts_the_body_and_takes_learned_rates(float64):
         "matching",
         "relation",
         # Without optimisation, XLA's older code gets this program wrong.
-        pytest.param("ridge", marks=pytest.mark.as_shipped),
+        pytest.param("ridge", marks=pytest.mark.present_code),
         "proto_maml",
     ],
 )
