@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxtransfer import model as models
 from jaxtransfer import tree
+from jaxtransfer.model import from_linen, from_nnx
+from jaxtransfer.model.calls import mode_arguments, positional
+from jaxtransfer.model.nnx import linen_path
 from jaxtransfer.typing import Inputs, Model, Params, Variables
 
 # The largest magnitude is 127. Qwix puts it at 127.5, where the rounding of a negative
@@ -109,11 +111,7 @@ def quantized(
         raise ImportError(_ABSENT) from error
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     linen = isinstance(module, nn.Module)
-    plain = (
-        models.from_linen(module, key_streams=key_streams)
-        if linen
-        else models.from_nnx(module)
-    )
+    plain = from_linen(module, key_streams=key_streams) if linen else from_nnx(module)
     abstract = jax.eval_shape(lambda: plain.init(jax.random.key(0), _zeros(example)))
     leaves = tree.flatten(abstract.params)
     modules = sorted({path.rpartition("/")[0] for path in leaves})
@@ -128,11 +126,11 @@ def quantized(
     )
 
     if linen:
-        wrap = functools.partial(models.from_linen, key_streams=key_streams)
+        wrap = functools.partial(from_linen, key_streams=key_streams)
         trained = wrap(_patched(module, qwix.QtProvider, rule))
         served = wrap(_patched(module, qwix.PtqProvider, rule))
     else:
-        arguments = models._arguments(example)
+        arguments = positional(example)
         later = {"skip_nnx_init": True}  # nothing to convert: the weights stay floats
         trained = _built(module, qwix.QtProvider, rule, arguments, later)
         served = _built(module, qwix.PtqProvider, rule, arguments, {})
@@ -205,10 +203,10 @@ def _built(
 ) -> Model:
     def changed(rngs: nnx.Rngs) -> nnx.Module:
         module = build(rngs)
-        mode = models._mode(type(module).__call__, False)
+        mode = mode_arguments(type(module).__call__, False)
         return _patched(module, provider, rule, *_zeros(arguments), **mode, **options)
 
-    return models.from_nnx(changed)
+    return from_nnx(changed)
 
 
 def _zeros(example: Any) -> Any:
@@ -221,7 +219,7 @@ def _paths_in_qwix(build: Any, chosen: set[str]) -> set[str]:
     return {
         "/".join(map(str, path))
         for path, _ in nnx.iter_modules(skeleton)
-        if models._name(path) in chosen
+        if linen_path(path) in chosen
     }
 
 

@@ -1,0 +1,161 @@
+"""Linen modules as pairs of pure functions."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxtransfer import prng
+from jaxtransfer.model.calls import (
+    lies_under,
+    mode_arguments,
+    outputs_by_path,
+    positional,
+    select_taps,
+)
+from jaxtransfer.typing import Inputs, Model, ModelState, Variables
+
+
+@contextlib.contextmanager
+def _attributes(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+    """Set fields of a bound module for the length of one call."""
+    before = {name: getattr(module, name) for name in values}
+    for name, value in values.items():
+        object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)
+
+
+def _hold(held: tuple[str, ...]) -> Callable[..., Any]:
+    """Interceptor that runs the modules under ``held`` in evaluation mode."""
+
+    def interceptor(
+        following: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        is_held = lies_under("/".join(module.path), held)
+        if context.method_name != "__call__" or not is_held:
+            return following(*args, **kwargs)
+        call = type(module).__call__
+        fields = {
+            name: value
+            for name, value in mode_arguments(type(module), False).items()
+            if getattr(module, name, None) is not None
+        }
+        given = inspect.signature(call).bind_partial(module, *args, **kwargs)
+        for name, value in mode_arguments(call, False).items():
+            if name not in fields:
+                given.arguments[name] = value
+        with _attributes(module, fields):
+            return following(*given.args[1:], **given.kwargs)
+
+    return interceptor
+
+
+def from_linen(
+    module: nn.Module, *, key_streams: tuple[str, ...] = ("dropout",)
+) -> Model:
+    """Wrap a Linen module as a :class:`~jaxtransfer.typing.Model`.
+
+    Training mode reaches the module through whichever of the arguments ``train``,
+    ``training``, ``is_training``, ``deterministic`` and ``use_running_average`` its
+    ``__call__`` has. Taps are module paths (``"block1/conv"``); a module that is
+    called several times is tapped at its last call. Under ``jit`` what lies behind
+    the last value that is used is not computed.
+
+    Args:
+        module: unbound Linen module; called as ``module(inputs)``, or as
+            ``module(*inputs)`` if ``inputs`` is a tuple.
+        key_streams: names of the random streams the module draws from.
+
+    Returns:
+        The model. ``apply`` raises ``ValueError`` for a tap that does not exist.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model = from_linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+        >>> logits, features, _ = model.apply(
+        ...     variables, jnp.ones((5, 3)), taps=("layers_0",))
+        >>> logits.shape, features["layers_0"].shape
+        ((5, 2), (5, 4))
+    """
+
+    def init(key: jax.Array, inputs: Inputs) -> Variables:
+        rngs = {name: prng.stream(key, name) for name in ("params", *key_streams)}
+        collections = module.init(
+            rngs, *positional(inputs), **mode_arguments(type(module).__call__, False)
+        )
+        collections = dict(nn.meta.unbox(collections))
+        collections.pop("intermediates", None)
+        params = collections.pop("params", {})
+        return Variables(params, collections)
+
+    def run(
+        variables: Variables,
+        inputs: Inputs,
+        train: bool,
+        key: jax.Array | None,
+        held: tuple[str, ...],
+        capture: Callable[[nn.Module, str], bool] | bool,
+    ) -> tuple[Any, dict[str, Any]]:
+        train = train and "" not in held
+        mutable = [*(variables.model_state if train else ())]
+        output = module.apply(
+            {"params": variables.params, **variables.model_state},
+            *positional(inputs),
+            **mode_arguments(type(module).__call__, train),
+            rngs={}
+            if key is None
+            else {name: prng.stream(key, name) for name in key_streams},
+            mutable=[*mutable, "intermediates"] if capture else mutable,
+            capture_intermediates=capture,
+        )
+        # Linen returns a pair whenever `mutable` is a list, an empty one included.
+        return output  # pyright: ignore[reportReturnType]
+
+    def apply(
+        variables: Variables,
+        inputs: Inputs,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+        taps: tuple[str, ...] = (),
+        held: tuple[str, ...] = (),
+    ) -> tuple[Any, dict[str, Any], ModelState]:
+        taps = tuple(taps)
+
+        def wanted(tapped: nn.Module, method: str) -> bool:
+            return method == "__call__" and "/".join(tapped.path) in taps
+
+        holding = (
+            nn.intercept_methods(_hold(held))
+            if train and held
+            else contextlib.nullcontext()
+        )
+        with holding:
+            output, updates = run(
+                variables, inputs, train, key, held, wanted if taps else False
+            )
+        updates = dict(updates)
+        found = outputs_by_path(updates.pop("intermediates", {}))
+
+        def every() -> list[str]:
+            _, all_of_it = jax.eval_shape(
+                lambda: run(variables, inputs, False, None, (), True)
+            )
+            return sorted({*outputs_by_path(all_of_it["intermediates"])} - {""})
+
+        features = select_taps(taps, found, every)
+        return output, features, {**variables.model_state, **updates}
+
+    return Model(init, apply)
