@@ -40,10 +40,10 @@ def test_training_tells_maml_from_its_baseline(tmp_path):
     config = dataclasses.replace(
         study.PRESETS["smoke"],
         run_dir=tmp_path,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
         inner_steps=3,
-        meta_steps=1500,
-        block=500,
+        meta_steps=400,
+        block=200,
         test_shots=(10,),
         seeds=1,
         test_tasks=100,
