@@ -363,6 +363,7 @@ def cached_knowledge_distillation(
     *,
     tail: Literal["renormalize", "bucket"] = "renormalize",
     temperature: float | Float[AnyArray, "*#batch"] = 1.0,
+    classes: int | None = None,
     where: Bool[AnyArray, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
     """Knowledge distillation from a teacher's likeliest classes, stored before.
@@ -377,6 +378,8 @@ def cached_knowledge_distillation(
         tail: What becomes of the other classes: "renormalize" drops them, "bucket"
             adds them up in one more class.
         temperature: T, positive; a number or one an example [...].
+        classes: How many the teacher has; a student of another number is refused, which
+            k of them can't tell.
         where: Which examples count [...]; the others give 0 and no gradient.
 
     Returns:
@@ -403,7 +406,12 @@ def cached_knowledge_distillation(
         raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}.')
     student, log_p = widen(student_logits), widen(teacher_log_probabilities)
     log_p, indices = jax.lax.stop_gradient(log_p), jnp.asarray(indices)
-    batch, classes = student.shape[:-1], student.shape[-1]
+    batch, own = student.shape[:-1], student.shape[-1]
+    if classes is not None and classes != own:
+        raise ValueError(
+            f"the student has {own} classes (student_logits {student.shape}), the "
+            f"teacher {classes}; give it an output of as many."
+        )
     if log_p.shape != indices.shape or log_p.shape[:-1] != batch:
         raise ValueError(
             "teacher_log_probabilities and indices must be [..., k] for student_logits "
@@ -414,16 +422,16 @@ def cached_knowledge_distillation(
         student = jnp.where(where[..., None], student, 0.0)
         log_p = jnp.where(where[..., None], log_p, 0.0)
         indices = jnp.where(where[..., None], indices, 0)
-    valid = jnp.all((indices >= 0) & (indices < classes), axis=-1)
+    valid = jnp.all((indices >= 0) & (indices < own), axis=-1)
     if not isinstance(valid, Tracer) and valid.is_fully_addressable:
         if not valid.all():
             raise ValueError(
-                f"indices must be in [0, {classes}), the classes of student_logits, "
+                f"indices must be in [0, {own}), the classes of student_logits, "
                 f"got {int(indices.min())} to {int(indices.max())}."
             )
-    indices = jnp.clip(indices, 0, classes - 1)
+    indices = jnp.clip(indices, 0, own - 1)
 
-    if tail == "bucket" and indices.shape[-1] < classes:
+    if tail == "bucket" and indices.shape[-1] < own:
         scale, log_all = soften(temperature, batch, where, student)
         log_q = jnp.take_along_axis(log_all, indices, axis=-1)
         chosen = jnp.put_along_axis(

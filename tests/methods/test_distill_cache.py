@@ -272,11 +272,8 @@ def test_all_classes_are_the_full_loss(tmp_path, written):
 
 def test_the_likeliest_classes_fit_a_term(tmp_path):
     taught = write(tmp_path, top_k=3, taps=())
-    term = Term(
-        loss=losses.cached_knowledge_distillation,
-        teacher=distill.TOP_K,
-        options={"temperature": taught.temperature, "tail": "bucket"},
-    )
+    term = taught.term(weight=2.0)
+    assert (term.weight, term.options["temperature"]) == (2.0, 4.0)
     task = distill.objective(SMALL, LARGE, terms={"logits": term}, task_weight=0.0)
     begun, places = distill.init(STUDENT), np.arange(BATCH)
     batch = {"inputs": IMAGES[:BATCH], "teacher": taught.lookup(places)}
@@ -285,7 +282,24 @@ def test_the_likeliest_classes_fit_a_term(tmp_path):
     expected = losses.top_k_knowledge_distillation(
         own, by_hand(places)[""], k=3, temperature=4.0, tail="bucket"
     )
-    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(loss, 2.0 * expected.mean(), rtol=1e-4)
+
+
+def test_the_likeliest_of_other_classes_are_refused(tmp_path, written):
+    taught = write(tmp_path, top_k=2, taps=())
+    model = from_linen(nets.ResNet(taught.classes + 2, depth=8, filters=2))
+    task = distill.objective(model, LARGE, terms={"logits": taught.term()})
+    begun = distill.init(model.init(KEY, IMAGES[:1]))
+    batch = {
+        "inputs": IMAGES[:BATCH],
+        "labels": LABELS[:BATCH],
+        "teacher": taught.lookup(np.arange(BATCH)),
+    }
+    message = f"the student has {taught.classes + 2} classes.*teacher {taught.classes}"
+    with pytest.raises(ValueError, match=message):
+        jax.jit(task)(begun.params, {}, begun.model_state, batch, KEY)
+    with pytest.raises(ValueError, match="keeps all logits.*top_k="):
+        open_(written).term()
 
 
 def test_half_the_precision_half_the_bytes(tmp_path, written):

@@ -4,6 +4,8 @@ The student, its bridge, the optimizer, CRD's memory, the count that a weight fo
 the place in the data and in the variants of the cache.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,13 +58,13 @@ OBJECTIVE = distill.objective(SMALL, LARGE, terms=TERMS)
 STEP = parallel.jit_step(train_step(OBJECTIVE, OPTIMIZER))
 
 
-def write(folder, variables=TEACHER):
+def write(folder, variables=TEACHER, augmentation=AUGMENTATION):
     return distill.cache_teacher(
         folder,
         LARGE,
         variables,
         X,
-        augmentation=AUGMENTATION,
+        augmentation=augmentation,
         taps=("features",),
         batch_size=BATCH,
     )
@@ -133,6 +135,23 @@ def test_without_its_place_a_run_would_be_another(cached, tmp_path):
         train(begin(), read(cached), 4, checkpointer)
         state = checkpointer.restore(begin())
     assert not same(arrays(train(state, read(cached), STEPS)), arrays(expected))
+
+
+@pytest.mark.parametrize("kind", ["teacher", "augmentation"])
+def test_another_cache_is_not_gone_on_with(cached, tmp_path, kind):
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        train(begin(), read(cached), 4, checkpointer)
+    if kind == "teacher":
+        other = write(tmp_path / "cache", LARGE.init(jax.random.key(9), X))
+        message = "read a cache of another teacher: its fingerprint was"
+    else:
+        changed = dataclasses.replace(AUGMENTATION, variants=2)
+        other = write(tmp_path / "cache", augmentation=changed)
+        message = "read a cache of another augmentation: its variants was 3.* is 2"
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        with pytest.raises(ValueError, match=message):
+            train(begin(), read(other), STEPS, checkpointer)
+        train(begin(), read(cached), 6, checkpointer)  # nothing is lost
 
 
 def looked_up(state, batch):

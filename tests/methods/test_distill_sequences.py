@@ -128,3 +128,22 @@ def test_wrong_shares_and_lengths(variables):
     wrong = distill.on_policy(objective, short, begin=BEGIN, share=1.0)
     with pytest.raises(ValueError, match=r"wrote tokens \(2, 2\).*\(2, 3\)"):
         value_of(wrong, variables, jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["teacher", "teacher_inputs"])
+def test_what_a_teacher_says_of_other_words(variables, name):
+    """Is refused, unless no word is replaced."""
+    objective = distill.objective(MODEL, MODEL, terms=WORDS)
+    parts = {
+        "teacher": {"": MODEL.apply(variables[1], BATCH["inputs"])[0]},
+        "teacher_inputs": BATCH["inputs"],
+    }
+    batch, key = {**BATCH, name: parts[name]}, jax.random.key(0)
+    own = distill.on_policy(objective, write, begin=BEGIN, share=0.5)
+    with pytest.raises(ValueError, match=f"{name}'.* other words.*leave it out"):
+        value_of(own, variables, key, batch)
+    none = distill.on_policy(objective, write, begin=BEGIN, share=0.0)
+    found, expected = (
+        value_of(none, variables, key, given)[0] for given in (batch, BATCH)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

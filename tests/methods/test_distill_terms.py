@@ -16,7 +16,7 @@ from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, train_step
 from jaxtransfer.train.metrics import finalize, promote
 from jaxtransfer.typing import Variables
-from tests.twins import same
+from tests.twins import KINDS, jitted, network, same
 
 KEY = jax.random.key(0)
 
@@ -368,6 +368,20 @@ def test_schedules_follow_the_updates():
         run(task, distill.init(STUDENT))
 
 
+def test_the_task_weight_alone_may_follow_the_updates():
+    terms = {"logits": Term(loss=losses.knowledge_distillation, weight=0.0)}
+    schedule = optax.linear_schedule(0.0, 1.0, 2)
+    task = distill.objective(SMALL, LARGE, terms=terms, task_weight=schedule)
+    begun = started(terms)
+    state = begun.model_state
+    for count in range(3):
+        found, state, measured = run(task, Variables(begun.params, state))
+        np.testing.assert_allclose(found, count / 2 * measured["task_loss"], rtol=1e-5)
+    run(task, distill.counted(distill.init(STUDENT)))
+    with pytest.raises(ValueError, match=r"task_weight.*distill\.counted\(variables\)"):
+        run(task, distill.init(STUDENT))
+
+
 def test_a_memory_is_carried_and_a_key_is_given():
     def loss(own, taught, labels, *, state, key):
         new = state.at[labels].add(jax.lax.stop_gradient(own[:, 0]))
@@ -386,6 +400,61 @@ def test_a_memory_is_carried_and_a_key_is_given():
     np.testing.assert_allclose(state["terms"]["memory"], expected, rtol=1e-5)
     with pytest.raises(ValueError, match="'memory' carries a state"):
         run(task, distill.init(STUDENT))
+
+
+# --- layers by rule -------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Eleven layers, of which the first is used by another method than its call."""
+
+    def setup(self):
+        self.embed = nn.Embed(5, 5)
+        self.layers = [nn.Dense(5) for _ in range(11)]
+
+    def __call__(self, x):
+        x = self.embed.attend(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rules_name_the_layers_of_terms(kind):
+    model = network(kind, inputs=5, outputs=3, widths=(4, 6), normalized=True)
+    variables = jitted(model).init(KEY, X)
+
+    def taps(rules):
+        return distill.taps(model, rules, variables, X)
+
+    assert taps(r"blocks_\d") == ("blocks_0", "blocks_1")
+    assert taps("head") == ("head",)
+    several = ("head", ".*/norm", "blocks_1.*")
+    inner = ("blocks_0/norm", "blocks_1/norm", "blocks_1", "blocks_1/dense")
+    assert taps(several) == ("head", *inner)
+    with pytest.raises(ValueError, match="'blok' matches no module.*: 'blocks_"):
+        taps(["head", "blok"])
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression"):
+        taps("(")
+    terms = {
+        path: Term(loss=losses.hint, student=path, teacher=path, of="again")
+        for path in taps(r"blocks_\d")
+    }
+    begun = distill.init(variables)
+    _, (_, measured) = distill.objective(model, {"again": model}, terms=terms)(
+        begun.params, {"teacher": {"again": variables}}, begun.model_state, BATCH, KEY
+    )
+    assert {"blocks_0", "blocks_1"} < set(measured)
+
+
+def test_layers_by_rule_are_in_order_and_can_be_tapped():
+    model, numbers = from_linen(Odd()), tuple(f"layers_{n}" for n in range(11))
+    variables = jitted(model).init(KEY, X)
+    assert distill.taps(model, ".*", variables, X) == numbers
+    with pytest.raises(ValueError, match="'embed' matches no module"):
+        distill.taps(model, "embed", variables, X)
+    with pytest.raises(TypeError):  # of the network itself, about its inputs
+        distill.taps(model, ".*", variables, (X, X))
 
 
 # --- bad input ------------------------------------------------------------------------
@@ -432,3 +501,35 @@ def test_names_and_teachers_that_are_missing():
         )
     with pytest.raises(ValueError, match="decay: got 2.0"):
         distill.moving_average(2.0)
+
+
+def test_several_teachers_of_unlike_shapes():
+    five = from_linen(nn.Dense(5))
+    given = {"a": TEACHER, "b": five.init(KEY, X)}
+    term = Term(loss=losses.multi_teacher_distillation, of=("a", "b"))
+    task = distill.objective(SMALL, {"a": LARGE, "b": five}, terms={"both": term})
+    message = (
+        r"'both': .* at '', {'a': \(6, 3\), 'b': \(6, 5\)}.* a term of each teacher"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(task, distill.init(STUDENT), teacher=given)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_likeliest_classes_without_a_cache(several):
+    term = Term(
+        loss=losses.top_k_knowledge_distillation,
+        teacher=distill.TOP_K,
+        of="a" if several else "teacher",
+    )
+    teacher = {"a": LARGE} if several else LARGE
+    task = distill.objective(SMALL, teacher, terms={"few": term})
+    with pytest.raises(ValueError, match=r"only a cache has.*top_k=\.\.\."):
+        run(task, distill.init(STUDENT))
+
+
+@pytest.mark.parametrize("name", ["alpha", "temperature"])
+def test_schedules_need_terms(name, types_unchecked):
+    schedule: Any = optax.constant_schedule(0.5)
+    with pytest.raises(ValueError, match=f"{name}: a schedule needs a term; give"):
+        distill.objective(SMALL, LARGE, **{name: schedule})

@@ -46,3 +46,4 @@ from jaxtransfer.methods.distill.taught import TOP_K as TOP_K
 from jaxtransfer.methods.distill.taught import DeviceCache as DeviceCache
 from jaxtransfer.methods.distill.taught import TeacherCache as TeacherCache
 from jaxtransfer.methods.distill.terms import Term as Term
+from jaxtransfer.methods.distill.views import taps as taps

@@ -101,7 +101,6 @@ def cache_teacher(
     Example:
         >>> import tempfile
         >>> import flax.linen as nn, jax, jax.numpy as jnp
-        >>> from jaxtransfer import losses
         >>> from jaxtransfer.methods import distill
         >>> from jaxtransfer.model import from_linen
         >>> net, images = from_linen(nn.Dense(5)), jnp.ones((7, 2))
@@ -112,9 +111,7 @@ def cache_teacher(
         ...     taught = cache.lookup(jnp.array([6, 0, 3]))
         >>> [taught[path].shape for path in distill.TOP_K]
         [(3, 2), (3, 2)]
-        >>> term = distill.Term(  # what is made of them
-        ...     loss=losses.cached_knowledge_distillation, teacher=distill.TOP_K,
-        ...     options={"temperature": cache.temperature, "tail": "bucket"})
+        >>> term = cache.term(weight=0.9)  # what is made of them
     """
     augmentation = augmentation or Augmentation()
     number = count_examples(examples)
@@ -127,12 +124,17 @@ def cache_teacher(
         raise ValueError(f"dtype: got {kind}; choose np.float32 or np.float16")
     look = _look(teacher, augmentation, taps, top_k, temperature)
     shapes = _shapes(look, variables, examples, batch_size)
+    classes = None
+    if top_k is not None:
+        every = _look(teacher, augmentation, (), None, temperature)
+        classes = _shapes(every, variables, examples, batch_size)[""][0][-1]
     names = file_names(shapes)
     wanted = identity(variables, examples, augmentation) | {
         "content": {
             "taps": list(taps),
             "top_k": top_k,
             "temperature": None if top_k is None else float(temperature),
+            "classes": classes,
             "dtype": str(kind),
             "batch_size": batch_size,
         }

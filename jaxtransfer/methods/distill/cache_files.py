@@ -6,14 +6,57 @@ import pathlib
 import re
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
+KINDS = {
+    "teacher": "teacher",
+    "examples": "data set",
+    "augmentation": "augmentation",
+    "content": "content",
+}
+"""What a cache is of: parts of its manifest, in words."""
 _BLOCK = 2**24
 _REMOVE = "remove the folder and write the cache again with distill.cache_teacher"
+
+
+class Difference(NamedTuple):
+    """What two caches differ in: of which kind, its name and both values in short."""
+
+    kind: str
+    name: str
+    found: str
+    wanted: str
+
+
+def difference(
+    found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Difference | None:
+    """The first thing that a cache is of and was not wanted; what is not said fits."""
+    for part, kind in KINDS.items():
+        if part not in wanted:
+            continue
+        asked, there = wanted[part], found[part]
+        if isinstance(asked, str):
+            asked, there = {"fingerprint": asked}, {"fingerprint": there}
+        for name, value in asked.items():
+            if not _equal(name, value, there[name]):
+                return Difference(kind, name, _short(there[name]), _short(value))
+    return None
+
+
+def _equal(name: str, one: Any, other: Any) -> bool:
+    if name != "probe":
+        return one == other
+    return len(one) == len(other) and np.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def _short(value: Any) -> str:
+    text = f"{value}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class DamagedCacheError(RuntimeError):

@@ -13,6 +13,7 @@ from jaxtransfer import tree
 from jaxtransfer.methods.distill.augmentation import Augmentation
 from jaxtransfer.methods.distill.cache_files import (
     check_checksums,
+    difference,
     map_arrays,
     read_manifest,
 )
@@ -20,12 +21,6 @@ from jaxtransfer.methods.distill.taught import TeacherCache
 from jaxtransfer.typing import Inputs, Variables
 
 _HASHED = 4096  # rows at once, so that examples may be larger than the memory
-_KINDS = {
-    "teacher": "teacher",
-    "examples": "data set",
-    "augmentation": "augmentation",
-    "content": "content",
-}
 
 
 def open_cache(
@@ -135,31 +130,13 @@ def check_same(
     Raises:
         ValueError: it is; the message says of what.
     """
-    for part, kind in _KINDS.items():
-        if part not in wanted:
-            continue
-        asked, found = wanted[part], manifest[part]
-        if isinstance(asked, str):
-            asked, found = {"fingerprint": asked}, {"fingerprint": found}
-        for name, value in asked.items():
-            if not _equal(name, value, found[name]):
-                raise ValueError(
-                    f"the cache in {str(path)!r} is of another {kind}: its {name} is "
-                    f"{_short(found[name])}, that given {_short(value)}; write one for "
-                    "it into another folder with distill.cache_teacher, or remove this "
-                    "one if it is out of date"
-                )
-
-
-def _equal(name: str, one: Any, other: Any) -> bool:
-    if name != "probe":
-        return one == other
-    return len(one) == len(other) and np.allclose(one, other, rtol=1e-3, atol=1e-3)
-
-
-def _short(value: Any) -> str:
-    text = f"{value}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    if other := difference(manifest, wanted):
+        raise ValueError(
+            f"the cache in {str(path)!r} is of another {other.kind}: its {other.name} "
+            f"is {other.found}, that given {other.wanted}; write one for it into "
+            "another folder with distill.cache_teacher, or remove this one if it is "
+            "out of date"
+        )
 
 
 __all__ = [

@@ -100,10 +100,11 @@ def objective(
         name, without their weights.
 
     Raises:
-        ValueError: ``alpha`` or ``temperature`` is out of range, an unknown teacher, or
-            a name that is taken; (at the first call) teacher and student differ in
-            their number of classes, a bridge or a memory was not started, or the batch
-            lacks what a term reads.
+        ValueError: ``alpha`` or ``temperature`` is out of range or a schedule, which
+            terms alone have, an unknown teacher, or a name that is taken; (at the first
+            call) teacher and student differ in their number of classes, several
+            teachers of one term have unlike shapes, a bridge or a memory was not
+            started, or the batch lacks what a term reads.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -121,6 +122,14 @@ def objective(
     References:
         Hinton, Vinyals, Dean, *Distilling the knowledge in a neural network*, 2015.
     """
+    for name, given in (("alpha", alpha), ("temperature", temperature)):
+        if callable(given):
+            raise ValueError(
+                f"{name}: a schedule needs a term; give terms={{'logits': "
+                "distill.Term(loss=losses.knowledge_distillation, weight=..., "
+                "options={'temperature': ...})} and task_weight=..., of which each may "
+                "be a schedule, and begin with distill.start(...)"
+            )
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha: got {alpha}; a weight is in 0 … 1")
     if temperature <= 0:
@@ -167,7 +176,7 @@ def objective(
         measured: Metrics = {}
         total = jnp.zeros((), jnp.float32)
         for name, term in now.items():
-            here, there = sides(term, own, others)
+            here, there = sides(name, term, own, others)
             if term.bridge is not None:
                 model, mine = bridge_of(name, term, own, others)
                 if model is not None:

@@ -89,7 +89,8 @@ def on_policy(
 
     Raises:
         ValueError: ``share`` is out of range; (at the first call) what is generated has
-            another length than the batch.
+            another length than the batch, or the batch has what a teacher says of
+            the words that are replaced.
 
     Example:
         >>> from jaxtransfer.methods import distill
@@ -113,6 +114,13 @@ def on_policy(
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        stale = [name for name in ("teacher", "teacher_inputs") if name in batch]
+        if share and stale:
+            raise ValueError(
+                f"the batch has {stale[0]!r}, which belongs to other words than those "
+                "that the student writes; leave it out, and give the teacher's "
+                "variables to train.init_state(..., frozen={'teacher': ...})"
+            )
         draw, words, inner = prng.streams(key, "on policy", "words", "objective")
         student = jax.lax.stop_gradient(of_student(params, model_state))
 

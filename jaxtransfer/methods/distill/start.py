@@ -39,7 +39,8 @@ def start(
         teacher_inputs: those of the teacher, if others.
 
     Returns:
-        Variables for :func:`~jaxtransfer.train.init_state`.
+        Variables for :func:`~jaxtransfer.train.init_state`. The count is always there,
+        for ``task_weight`` may follow it even where no term does.
 
     Raises:
         ValueError: an unknown teacher; features that no bridge can bring together.
@@ -94,9 +95,7 @@ def start(
     carried = {n: term.state for n, term in terms.items() if term.state is not None}
     if carried:
         state["terms"] = carried
-    if any(term.scheduled for term in terms.values()):
-        return counted(Variables(params, state))
-    return Variables(params, state)
+    return counted(Variables(params, state))
 
 
 __all__ = ["start"]

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,16 @@ import numpy as np
 from flax import struct
 from jaxtyping import Int
 
+from jaxtransfer.losses import cached_knowledge_distillation
 from jaxtransfer.methods.distill.augmentation import Augmentation, Variant
+from jaxtransfer.methods.distill.cache_files import KINDS, difference
+from jaxtransfer.methods.distill.terms import Term
 from jaxtransfer.train.record import position_of, set_position
 from jaxtransfer.typing import AnyArray
 
 TOP_K = ("top_k/log_probabilities", "top_k/classes")
 """Paths of a teacher's likeliest classes, for the ``teacher`` of a
-:class:`~jaxtransfer.methods.distill.Term`."""
+:class:`~jaxtransfer.methods.distill.Term`; see :meth:`TeacherCache.term`."""
 
 
 class TeacherCache:
@@ -31,6 +34,9 @@ class TeacherCache:
         augmentation: that of the inputs it was computed from.
         batch_size: how many examples the teacher saw at once.
         temperature: with which the likeliest classes were softened; None without them.
+        classes: how many there are if the likeliest are kept; None without them.
+        identity: what it is of, as its manifest has it: teacher, data set,
+            augmentation and content.
         fingerprint: of the teacher's variables.
     """
 
@@ -44,6 +50,8 @@ class TeacherCache:
         self.folder, self.arrays, self.augmentation = folder, arrays, augmentation
         self.batch_size: int = manifest["content"]["batch_size"]
         self.temperature: float | None = manifest["content"]["temperature"]
+        self.classes: int | None = manifest["content"]["classes"]
+        self.identity: dict[str, Any] = {part: manifest[part] for part in KINDS}
         self.fingerprint: str = manifest["teacher"]
         self.variants: int = manifest["augmentation"]["variants"]
         self.examples: int = manifest["examples"]["number"]
@@ -94,13 +102,51 @@ class TeacherCache:
         """
         return DeviceCache({path: jnp.asarray(x) for path, x in self.arrays.items()})
 
+    def term(
+        self, *, tail: Literal["renormalize", "bucket"] = "bucket", **of_term: Any
+    ) -> Term:
+        """The term that learns the likeliest classes, softened as they were kept.
+
+        Args:
+            tail: what becomes of the other classes; see
+                :func:`~jaxtransfer.losses.cached_knowledge_distillation`.
+            **of_term: other fields of :class:`~jaxtransfer.methods.distill.Term`, such
+                as the ``weight``.
+
+        Returns:
+            The term. A student of another number of classes is refused when it is
+            first evaluated.
+
+        Raises:
+            ValueError: this cache keeps all logits, which any loss takes as the
+                teacher's output.
+        """
+        if self.classes is None:
+            raise ValueError(
+                "this cache keeps all logits, not the likeliest classes: take "
+                "distill.Term(loss=losses.knowledge_distillation), or write it with "
+                "top_k="
+            )
+        options = {
+            "temperature": self.temperature,
+            "tail": tail,
+            "classes": self.classes,
+        }
+        return Term(
+            loss=cached_knowledge_distillation,
+            teacher=TOP_K,
+            options=options,
+            **of_term,
+        )
+
     def batches(
         self, data: Iterable[Any], *, examples: int | None = None
     ) -> "TaughtBatches":
         """Add to batches what the teacher says of them, and augment their inputs.
 
         Example number *n* of the stream is of epoch ``n // examples``, which says its
-        variant; the position is saved with that of ``data``.
+        variant; the position is saved with that of ``data`` and with what the cache is
+        of, so that a run does not go on with another one.
 
         Args:
             data: batches with ``"inputs"`` and ``"index"``, the examples' places in the
@@ -189,15 +235,26 @@ class TaughtBatches(Iterator[Any]):
         return {**batch, "inputs": inputs, "variant": variant, "teacher": taught}
 
     def get_state(self) -> dict[str, Any]:
-        """The position, for a checkpoint."""
-        return {"seen": self._seen, "data": position_of(self._data)}
+        """The position and what the cache is of, for a checkpoint."""
+        return {
+            "seen": self._seen,
+            "cache": self._cache.identity,
+            "data": position_of(self._data),
+        }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go to a position that :meth:`get_state` returned.
 
         Raises:
-            ValueError: the data can't be set to a position.
+            ValueError: the run read a cache of something else, or the data can't be
+                set to a position.
         """
+        if other := difference(self._cache.identity, state["cache"]):
+            raise ValueError(
+                f"the run read a cache of another {other.kind}: its {other.name} was "
+                f"{other.wanted}, that of the cache in {str(self._cache.folder)!r} is "
+                f"{other.found}; open that one to go on, or begin a run of its own"
+            )
         if state["data"] is None or not hasattr(self._data, "set_state"):
             raise ValueError(
                 "data: these batches have no get_state and set_state, so a run can't "

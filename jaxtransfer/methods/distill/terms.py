@@ -15,7 +15,7 @@ Scheduled = float | Callable[[jax.Array], Any]
 
 Path = str | tuple[str, ...]
 """A tapped module, or several, which the loss gets one after the other; ``""`` is the
-network's output."""
+network's output. :func:`~jaxtransfer.methods.distill.taps` lists those of a rule."""
 
 MakeBridge = Callable[[Any, Any], Model | None]
 """``(student's shape, teacher's shape) -> network between them``, None if none is
@@ -80,11 +80,6 @@ class Term:
         return not callable(self.weight) and self.weight == 0
 
     @property
-    def scheduled(self) -> bool:
-        """Whether it follows the number of updates."""
-        return any(map(callable, (self.weight, *self.options.values())))
-
-    @property
     def teachers(self) -> tuple[str, ...]:
         """The teachers it needs."""
         return (self.of,) if isinstance(self.of, str) else self.of
@@ -95,7 +90,7 @@ def paths(path: Path) -> tuple[str, ...]:
     return (path,) if isinstance(path, str) else path
 
 
-def taps(found: Any) -> tuple[str, ...]:
+def tapped(found: Any) -> tuple[str, ...]:
     """What must be tapped for paths: each once, without the output."""
     return tuple(dict.fromkeys(path for path in found if path))
 
@@ -111,7 +106,8 @@ def at(updates: jax.Array | None, value: Any, what: str) -> Any:
     if updates is None:
         raise ValueError(
             f"{what} follows the number of updates, which the model state lacks; "
-            "begin with distill.start(...), which counts them"
+            "begin with distill.start(...), which counts them, or with "
+            "distill.counted(variables)"
         )
     return value(updates)
 

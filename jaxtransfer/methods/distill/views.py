@@ -1,17 +1,21 @@
 """What the terms of distillation look at: every network run once."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer import tree
 from jaxtransfer.methods.distill.student import of_student
-from jaxtransfer.methods.distill.terms import Term, paths, taps
+from jaxtransfer.methods.distill.taught import TOP_K
+from jaxtransfer.methods.distill.terms import Term, paths, tapped
 from jaxtransfer.typing import (
     Batch,
     Features,
     Frozen,
+    Inputs,
     Model,
     ModelState,
     Params,
@@ -64,7 +68,7 @@ class Views:
             batch["inputs"],
             train=True,
             key=key,
-            taps=taps([*wanted, *self._paths(STUDENT)]),
+            taps=tapped([*wanted, *self._paths(STUDENT)]),
         )
         return {**features, "": output}, state
 
@@ -74,7 +78,8 @@ class Views:
         """The same of every teacher that a term needs, from the batch if it is there.
 
         Raises:
-            ValueError: there are no variables for a teacher.
+            ValueError: there are no variables for a teacher, or the batch lacks what
+                only a cache has.
         """
         found: dict[str, Features] = {}
         cached = batch.get("teacher", {})
@@ -94,10 +99,16 @@ class Views:
                     )
                 found[name] = cached[name]
                 continue
+            if likeliest := [path for path in wanted if path in TOP_K]:
+                raise ValueError(
+                    f"teacher {name!r}: a term needs {likeliest[0]!r}, which only a "
+                    "cache has, but the batch has no 'teacher' with it; take batches "
+                    "from distill.cache_teacher(..., top_k=...).batches(data)"
+                )
             output, features, _ = self.models[name].apply(
                 self._variables(name, frozen, model_state),
                 batch.get("teacher_inputs", batch["inputs"]),
-                taps=taps(wanted),
+                taps=tapped(wanted),
             )
             found[name] = jax.lax.stop_gradient({**features, "": output})
         return found
@@ -128,18 +139,36 @@ class Views:
 
 
 def sides(
-    term: Term, own: Features, others: Mapping[str, Features]
+    name: str, term: Term, own: Features, others: Mapping[str, Features]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """What a term compares."""
+    """What a term compares.
+
+    Raises:
+        ValueError: several teachers of unlike shapes.
+    """
     here = tuple(own[path] for path in paths(term.student))
     if isinstance(term.of, str):
         there = tuple(others[term.of][path] for path in paths(term.teacher))
     else:
         there = tuple(
-            jnp.stack([others[name][path] for name in term.of])
-            for path in paths(term.teacher)
+            _stacked(name, term.of, path, others) for path in paths(term.teacher)
         )
     return here, there
+
+
+def _stacked(
+    name: str, teachers: tuple[str, ...], path: str, others: Mapping[str, Features]
+) -> jax.Array:
+    """What several teachers have at a path."""
+    found = [others[teacher][path] for teacher in teachers]
+    shapes = [x.shape for x in found]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"term {name!r}: its teachers have unlike shapes at {path!r}, "
+            f"{dict(zip(teachers, shapes, strict=True))}, which can't be stacked; make "
+            "a term of each teacher"
+        )
+    return jnp.stack(found)
 
 
 def bridge_of(
@@ -164,3 +193,90 @@ def bridge_of(
     return term.bridge(
         tuple(x.shape for x in mine), tuple(x.shape for x in theirs)
     ), mine
+
+
+def taps(
+    model: Model, rules: tree.Rules, variables: Variables, inputs: Inputs
+) -> tuple[str, ...]:
+    r"""Paths of the modules that rules match, for the terms of several layers.
+
+    A rule is a regular expression that must match a module's whole path: ``"blocks_."``
+    is the blocks without what lies in them. Modules without parameters are not looked
+    for; give their path as it is.
+
+    Args:
+        model: the network.
+        rules: one or several.
+        variables: of the network.
+        inputs: a batch of inputs, of which only the shapes matter.
+
+    Returns:
+        Paths that ``apply`` can tap, each once: those of the first rule first, and of
+        one rule by name and number (``blocks_2`` before ``blocks_10``).
+
+    Raises:
+        ValueError: a rule matches nothing (the message names the nearest paths), or is
+            not a regular expression.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from jaxtransfer import losses
+        >>> from jaxtransfer.methods import distill
+        >>> from jaxtransfer.model import from_linen
+        >>> x, key = jnp.ones((5, 4)), jax.random.key(0)
+        >>> small = from_linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(4)]))
+        >>> large = from_linen(nn.Sequential([nn.Dense(4), nn.Dense(4), nn.Dense(4)]))
+        >>> own = distill.taps(small, r"layers_\d", small.init(key, x), x)
+        >>> taught = distill.taps(large, r"layers_[02]", large.init(key, x), x)
+        >>> terms = {
+        ...     path: distill.Term(loss=losses.hint, student=path, teacher=other)
+        ...     for path, other in zip(own, taught, strict=True)}
+        >>> {path: term.teacher for path, term in terms.items()}
+        {'layers_0': 'layers_0', 'layers_2': 'layers_2'}
+    """
+    parents = {path.rpartition("/")[0] for path in tree.flatten(variables.params)}
+    every = {
+        "/".join(path.split("/")[:depth])
+        for path in parents - {""}
+        for depth in range(1, path.count("/") + 2)
+    }
+    known = sorted(every, key=_numbered)
+
+    def run(*paths: str) -> None:
+        def call(variables: Variables, inputs: Inputs) -> None:
+            model.apply(variables, inputs, taps=paths)
+
+        jax.eval_shape(call, variables, inputs)
+
+    def there(*paths: str) -> bool:
+        try:
+            run(*paths)
+        except ValueError:
+            return False
+        return True
+
+    run()  # What is wrong with the inputs is no matter of taps.
+    found: list[str] = []
+    for rule in [rules] if isinstance(rules, str) else rules:
+        try:
+            hits = [path for path in known if re.fullmatch(rule, path)]
+        except re.error as error:
+            raise ValueError(
+                f"rule {rule!r} is not a regular expression: {error}. Rules are "
+                "matched against whole paths of modules such as 'block1/conv'."
+            ) from error
+        if not there(*hits):  # Some are lists of modules, or are not called as such.
+            hits = [path for path in hits if there(path)]
+        if not hits:
+            raise ValueError(
+                f"rule {rule!r} matches no module with parameters that can be tapped; "
+                f"nearest: {tree.nearest(rule, known)}"
+            )
+        found += hits
+    return tuple(dict.fromkeys(found))
+
+
+def _numbered(path: str) -> list[str | int]:
+    """Sorts by the numbers in a path, not by their digits."""
+    parts = re.split(r"(\d+)", path)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
