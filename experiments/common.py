@@ -118,6 +118,45 @@ def keep(folder: Path, file: str, **values: Any) -> None:
         lines.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
+def kept(
+    folders: Iterable[Path], file: str, config: StudyConfig, *, free: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """What earlier runs of the same options kept in a file.
+
+    Args:
+        folders: their run folders.
+        file: as in :func:`keep`.
+        config: the options of this run.
+        free: names of options that may differ, beside those of the places of files.
+
+    Returns:
+        The lines, in the order of the folders.
+
+    Raises:
+        FileNotFoundError: a folder is not that of a run.
+        ValueError: it had other options.
+    """
+    own = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    free = {"run_dir", "data_dir", "earlier", *free}
+    lines = []
+    for folder in folders:
+        for name in ("config.json", file):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"earlier: {folder} has no {name}; give the folder of a run of "
+                    "this study, RUN_DIR/STUDY/TIME"
+                )
+        before = json.loads((folder / "config.json").read_text())["config"]
+        for name in sorted(own.keys() & before.keys() - free):
+            if own[name] != before[name]:
+                raise ValueError(
+                    f"earlier: {folder} was run with {name} = {before[name]}, this run "
+                    f"has {own[name]}; give the same options, or leave it out"
+                )
+        lines += map(json.loads, (folder / file).read_text().splitlines())
+    return lines
+
+
 def _commit() -> str | None:
     try:
         return subprocess.run(
@@ -153,21 +192,30 @@ class Row:
         task: what is solved (``"MNIST → USPS"``).
         method: how.
         values: the measure for each seed, last epoch.
-        baseline: method whose row (same task) is the honest comparison.
+        baseline: method whose row (same task) is the honest comparison; or several.
     """
 
     task: str
     method: str
     values: Sequence[float]
-    baseline: str | None = None
+    baseline: str | tuple[str, ...] | None = None
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """None, one or several."""
+        if self.baseline is None:
+            return ()
+        return (self.baseline,) if isinstance(self.baseline, str) else self.baseline
 
 
-def difference(row: Row, rows: Iterable[Row]) -> tuple[float, float] | None:
-    """Mean and 95 % half-width of row minus its baseline, paired over seeds."""
-    for other in rows:
-        if (other.task, other.method) == (row.task, row.baseline):
-            return interval(np.subtract(row.values, other.values))
-    return None
+def differences(row: Row, rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
+    """Mean and 95 % half-width of row minus its baselines that are there, paired."""
+    there = {other.method: other for other in rows if other.task == row.task}
+    return {
+        name: interval(np.subtract(row.values, there[name].values))
+        for name in row.baselines
+        if name in there
+    }
 
 
 def show(
@@ -190,22 +238,19 @@ def show(
         started: ``time.perf_counter()`` at the start, for the minutes spent.
     """
 
-    def pm(pair: tuple[float, float] | None) -> str:
-        if pair is None:
-            return ""
+    def pm(pair: tuple[float, float]) -> str:
         return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
 
     heads = ["task", "method", f"{unit}: mean ± 95 %", "baseline", "gain over it"]
-    lines = [
-        [
-            row.task,
-            row.method,
+    lines = []
+    for row in rows:
+        gains = differences(row, rows)
+        cells = (
             pm(interval(row.values)),
-            row.baseline or "",
-            pm(difference(row, rows)),
-        ]
-        for row in rows
-    ]
+            "; ".join(gains),
+            "; ".join(map(pm, gains.values())),
+        )
+        lines.append([row.task, row.method, *cells])
     table = rich.table.Table(*heads, title=title)
     for line in lines:
         table.add_row(*line)

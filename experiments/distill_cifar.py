@@ -10,6 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,10 +31,9 @@ from experiments.cifar import (
     sample,
     subset,
 )
-from experiments.common import Row, command_line, keep, progress, show, start_run
+from experiments.common import Row, command_line, keep, kept, progress, show, start_run
 from experiments.distill_cifar_rows import (
     CE,
-    KD,
     MUTUAL,
     SIMKD,
     TASK_WEIGHT,
@@ -65,6 +65,9 @@ class Config(CifarConfig):
     side_by_side: bool = False
     """Seeds trained side by side by one program of many updates. For an accelerator,
     where an update of so small a network is mostly waiting; takes the memory of all."""
+    earlier: tuple[Path, ...] = ()
+    """Folders of runs of the same options, stopped or of other rows or seeds, whose
+    values are taken up."""
 
 
 PRESETS = {
@@ -214,6 +217,24 @@ def follow_together(
     return [jax.tree.map(lambda leaf, n=n: leaf[n], states) for n in range(len(losses))]
 
 
+def train_students(
+    config: Config,
+    name: str,
+    student: Student,
+    keys: list[jax.Array],
+    lessons: list[Lesson],
+) -> list[Any]:
+    """The states of a row's students after all updates, one a key."""
+    states = list(map(student.start, keys, lessons))
+    given = [(own.images, own.taught) for own in lessons]
+    if config.side_by_side:
+        return follow_together(name, states, student, given, config.updates)
+    return [
+        follow(name, state, student.update, own, config.updates)
+        for state, own in zip(states, given, strict=True)
+    ]
+
+
 def main(config: Config) -> dict[str, Any]:
     """Run the study.
 
@@ -232,6 +253,9 @@ def main(config: Config) -> dict[str, Any]:
         raise ValueError(f"kd_weight: 0 to 1, got {config.kd_weight}")
     if config.scored_on not in ("test", "valid"):
         raise ValueError(f"scored_on: 'test' or 'valid', got {config.scored_on!r}")
+    free = ("rows", "seeds", "per_class", "side_by_side")
+    lines = kept(config.earlier, "values.jsonl", config, free=free)
+    before = {(x["images"], x["seed"], x["row"]): x["value"] for x in lines}
     teacher = resnet(config, config.teacher_depth)
     teacher_variables = read_teacher(config, teacher)
     folder = start_run("distill_cifar", config)
@@ -239,6 +263,11 @@ def main(config: Config) -> dict[str, Any]:
     most = max(config.per_class)
     train = read(config, "train", most)
     unused = config.scored_on == "valid"
+    if unused and 10 * most >= len(train.labels):
+        raise ValueError(
+            f"scored_on: with {most} images a class all {len(train.labels)} are "
+            "trained on and none are left to score with; give fewer with --per-class"
+        )
     everything = train if unused else read(config, "test", most)
     test = Images(*(part[: config.test_images] for part in everything))
     names = [row for row in known if not config.rows or row in config.rows]
@@ -256,8 +285,12 @@ def main(config: Config) -> dict[str, Any]:
             seeds = list(range(config.seeds))
             # Seed by seed, so that a study that is stopped has whole ones.
             for group in [seeds] if config.side_by_side else [[s] for s in seeds]:
+                already = {
+                    name: [before.get((10 * count, seed, name)) for seed in group]
+                    for name in names
+                }
                 lessons, tests = [], []
-                for seed in group:
+                for seed in group if any(None in x for x in already.values()) else ():
                     chosen = subset(train.labels, count, seed)
                     images = Images(train.inputs[chosen], train.labels[chosen])
                     taps = last_blocks(config.teacher_depth)
@@ -271,23 +304,19 @@ def main(config: Config) -> dict[str, Any]:
                 keys = [prng.stream(root, f"seed {seed}") for seed in group]
                 for name in names:
                     display.update(bar, description=f"{10 * count} images, {name}")
-                    student = students[name]
-                    states = list(map(student.start, keys, lessons))
-                    given = [(own.images, own.taught) for own in lessons]
-                    if config.side_by_side:
-                        states = follow_together(
-                            name, states, student, given, config.updates
-                        )
-                    else:
-                        states = [
-                            follow(name, state, student.update, own, config.updates)
-                            for state, own in zip(states, given, strict=True)
+                    values = already[name]
+                    if None in values:
+                        student = students[name]
+                        states = train_students(config, name, student, keys, lessons)
+                        values = [
+                            accuracy(
+                                functools.partial(student.logits, *given), held_out
+                            )
+                            for *given, held_out in zip(
+                                states, lessons, tests, strict=True
+                            )
                         ]
-                    for seed, state, lesson, held_out in zip(
-                        group, states, lessons, tests, strict=True
-                    ):
-                        predict = functools.partial(student.logits, state, lesson)
-                        value = accuracy(predict, held_out)
+                    for seed, value in zip(group, values, strict=True):
                         found[name].append(value)
                         line = {"images": 10 * count, "seed": seed, "row": name}
                         keep(folder, "values.jsonl", **line, value=value)
@@ -296,7 +325,7 @@ def main(config: Config) -> dict[str, Any]:
                         )
                         display.advance(bar)
             for name, values in found.items():
-                compared = None if name == CE else CE if name == KD else KD
+                compared = tuple(x for x in (CE, TUNED) if name not in (x, CE))
                 rows.append(Row(f"{10 * count} images", name, values, compared))
     title = (
         f"CIFAR-10: ResNet-{config.teacher_depth} ({score:.2f} %) to "

@@ -96,3 +96,36 @@ def test_an_unknown_row_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rows: no 'magic'; choose among"):
         study.main(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_values_of_earlier_runs_are_taken_up(tmp_path, monkeypatch):
+    """Rows and seeds that are there are not trained again; gains are over both."""
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, rows=("tuned KD",), seeds=1)
+    study.main(config)
+    (first,) = tmp_path.rglob("values.jsonl")
+    line = json.loads(first.read_text())
+    first.write_text(json.dumps(line | {"value": 55.0}) + "\n")
+    trained = []
+    follow = study.follow
+    monkeypatch.setattr(
+        study, "follow", lambda name, *rest: trained.append(name) or follow(name, *rest)
+    )
+    again = dataclasses.replace(
+        config, rows=("labels alone", "tuned KD"), seeds=2, earlier=(first.parent,)
+    )
+    rows = study.main(again)["rows"]
+    assert sorted(trained) == ["labels alone", "labels alone", "tuned KD"]
+    assert rows[1].values[0] == 55.0 and rows[1].baselines == ("labels alone",)
+    (folder,) = set(path.parent for path in tmp_path.rglob("table.md")) - {first.parent}
+    table = (folder / "table.md").read_text().splitlines()
+    assert "| labels alone |" in table[-1].partition("±")[2]
+    with pytest.raises(ValueError, match="run with updates = 2, this run has 3"):
+        study.main(dataclasses.replace(again, updates=3))
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        study.main(dataclasses.replace(again, earlier=(tmp_path,)))
+
+
+def test_all_images_leave_none_to_score_with(tmp_path):
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, scored_on="valid")
+    with pytest.raises(ValueError, match="none are left to score with.*--per-class"):
+        study.main(config)
