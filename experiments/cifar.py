@@ -1,4 +1,4 @@
-"""What the studies of CIFAR-10 share: images, a trained ResNet, how a student learns.
+"""What the studies of CIFAR share: images, a trained ResNet, how a student learns.
 
 The teacher's outputs and features are computed once, for each image and its mirror
 image, and looked up in training. Deviation from the usual recipe: images are mirrored,
@@ -9,7 +9,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,19 @@ from jaxtransfer import data, nets, pretrained, prng
 from jaxtransfer.model import from_linen
 from jaxtransfer.typing import Model, Variables
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the inputs that the teacher was trained with."""
+CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 @dataclasses.dataclass(frozen=True)
 class CifarConfig(StudyConfig):
     """Options of a study in which a trained ResNet teaches a small one."""
 
+    dataset: Literal["cifar10", "cifar100"] = "cifar10"
+    """What the teacher was trained on."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Of a channel, taken off the inputs as in the teacher's training."""
+    deviation: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Of a channel, by which the inputs are divided as in the teacher's training."""
     weights: str = "cifar10_resnet56.safetensors"
     """The teacher's file, under weights/ of a folder of --data-dir, or a path; "random"
     (an untrained one) is for trying out."""
@@ -51,6 +56,11 @@ class CifarConfig(StudyConfig):
     test_images: int = 10_000
     """Images to score with, the first ones."""
 
+    @property
+    def classes(self) -> int:
+        """Of the data set."""
+        return CLASSES[self.dataset]
+
 
 class Images(NamedTuple):
     """Normalised images on the device."""
@@ -60,18 +70,19 @@ class Images(NamedTuple):
 
 
 def read(config: CifarConfig, split: str, per_class: int) -> Images:
-    """A split of CIFAR-10, or ``per_class`` images of noise for a random teacher."""
+    """A split, or ``per_class`` images of noise a class for a random teacher."""
     if config.weights == "random":
         random = np.random.default_rng(0)
-        labels = np.arange(10 * per_class, dtype=np.int32) % 10
+        labels = np.arange(config.classes * per_class, dtype=np.int32) % config.classes
         shape = (len(labels), 32, 32, 3)
         return Images(
             jnp.asarray(random.normal(size=shape), jnp.float32), jnp.asarray(labels)
         )
-    arrays = data.as_arrays(data.load("cifar10", split, data_dir=config.data_dir))
-    inputs = (arrays["inputs"] - np.asarray(MEAN, np.float32)) / np.asarray(
-        STD, np.float32
+    arrays = data.as_arrays(data.load(config.dataset, split, data_dir=config.data_dir))
+    mean, deviation = (
+        np.asarray(x, np.float32) for x in (config.mean, config.deviation)
     )
+    inputs = (arrays["inputs"] - mean) / deviation
     return Images(jnp.asarray(inputs), jnp.asarray(arrays["labels"]))
 
 
@@ -104,7 +115,8 @@ def read_teacher(config: CifarConfig, model: Model) -> Variables:
 
 
 def resnet(config: CifarConfig, depth: int, **options: Any) -> Model:
-    return from_linen(nets.ResNet(10, depth=depth, filters=config.filters, **options))
+    net = nets.ResNet(config.classes, depth=depth, filters=config.filters, **options)
+    return from_linen(net)
 
 
 def look(
@@ -137,7 +149,8 @@ def subset(labels: jax.Array, count: int, seed: int) -> np.ndarray:
         ValueError: a class has fewer.
     """
     generator = np.random.default_rng((seed, count))
-    classes = [np.flatnonzero(np.asarray(labels) == c) for c in range(10)]
+    labels = np.asarray(labels)
+    classes = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
     fewest = min(map(len, classes))
     if count > fewest:
         raise ValueError(f"per_class: got {count}, but a class has {fewest} images")

@@ -82,7 +82,10 @@ def start_run(name: str, config: StudyConfig) -> Path:
 
     Raises:
         OSError: the folder can't be written (before any work is done).
+        ValueError: there are no seeds.
     """
+    if config.seeds < 1:
+        raise ValueError(f"seeds: at least one, got {config.seeds}")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     folder = config.run_dir / name / stamp
     try:

@@ -172,7 +172,9 @@ def sparsity_schedule(config: Config) -> Callable[[Any], Any]:
 
 def make_student(config: Config, recipe: Recipe, teacher: Model) -> Student:
     """Network, objective and optimizer of a row."""
-    net = nets.ResNet(10, depth=config.student_depth, filters=config.filters)
+    net = nets.ResNet(
+        config.classes, depth=config.student_depth, filters=config.filters
+    )
     model = served = from_linen(net)
     convert: Callable[[Variables], Variables] = lambda variables: variables  # noqa: E731
     if recipe.integers:
@@ -300,8 +302,8 @@ def main(config: Config) -> dict[str, Any]:
     )
     write_report(folder, measured)
     title = (
-        f"CIFAR-10: ResNet-{config.teacher_depth} ({measured[0].score:.2f} %) to "
-        f"ResNet-{config.student_depth}"
+        f"CIFAR-{config.classes}: ResNet-{config.teacher_depth} "
+        f"({measured[0].score:.2f} %) to ResNet-{config.student_depth}"
     )
     task = f"{len(images.labels)} images"
     rows = [

@@ -125,7 +125,32 @@ def test_values_of_earlier_runs_are_taken_up(tmp_path, monkeypatch):
         study.main(dataclasses.replace(again, earlier=(tmp_path,)))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"per_class": (99,)}, "got 99, but a class has"), ({"seeds": 0}, "seeds: at")],
+)
+def test_counts_that_can_not_be(tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr(study, "accuracy", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(
+        study, "read", lambda *_: study.Images(None, jnp.arange(20) % 10)
+    )
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        study.main(config)
+
+
 def test_all_images_leave_none_to_score_with(tmp_path):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path, scored_on="valid")
     with pytest.raises(ValueError, match="none are left to score with.*--per-class"):
         study.main(config)
+
+
+def test_another_number_of_classes(tmp_path):
+    config = dataclasses.replace(
+        SMOKE, run_dir=tmp_path, dataset="cifar100", rows=("SimKD",), seeds=1
+    )
+    study.main(config)
+    (file,) = tmp_path.rglob("results.json")
+    record = json.loads(file.read_text())
+    assert record["title"].startswith("CIFAR-100: ")
+    assert record["rows"][0]["task"] == "200 images"
