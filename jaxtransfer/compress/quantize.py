@@ -59,9 +59,10 @@ def quantized(
     :math:`\Delta` for each output channel of a weight and one for each example of its
     inputs, measured anew in every pass: nothing is calibrated, and an example's output
     does not depend on the others of its batch. The integers are multiplied and summed
-    exactly, in training too. Biases, normalisation and modules without weights stay in
-    floating point. Zero stays zero, so pruning (:func:`~jaxtransfer.compress.pruned`)
-    goes with it. Loops inside of the network (``jax.lax.scan``) are unrolled.
+    exactly, in training too. Biases, normalisation, modules without weights and
+    embeddings (those that are the output matrix too) stay in floating point. Zero stays
+    zero, so pruning (:func:`~jaxtransfer.compress.pruned`) goes with it. Loops inside
+    of the network (``jax.lax.scan``) are unrolled.
 
     ``quantized(...).model`` is a student like any other, for
     :func:`jaxtransfer.methods.distill.objective`: same parameters, state and taps.
@@ -82,9 +83,9 @@ def quantized(
     Raises:
         ImportError: qwix is not there.
         ValueError: a rule matches no module that has parameters, no weight would be
-            quantized, or a layer multiplies its weights in another shape than it holds
-            them (:func:`~jaxtransfer.nets.PatchConv`), which can't be done; (at a call)
-            ``integer`` is to be trained.
+            quantized (embeddings never are), or a layer multiplies its weights in
+            another shape than it holds them (:func:`~jaxtransfer.nets.PatchConv`),
+            which can't be done; (at a call) ``integer`` is to be trained.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -114,8 +115,16 @@ def quantized(
     plain = from_linen(module, key_streams=key_streams) if linen else from_nnx(module)
     abstract = jax.eval_shape(lambda: plain.init(jax.random.key(0), _zeros(example)))
     leaves = tree.flatten(abstract.params)
-    modules = sorted({path.rpartition("/")[0] for path in leaves})
-    chosen = tree.match(rules, modules)
+    parts = [path.rpartition("/") for path in leaves]
+    modules = sorted({module for module, _, _ in parts})
+    # Flax's embeddings multiply by the transpose, which integers can't; they stay out.
+    others = {module for module, _, name in parts if name != "embedding"}
+    chosen = tree.match(rules, modules) & others
+    if not chosen:
+        raise ValueError(
+            f"rules: {rules!r} matches nothing but embeddings, which stay floating "
+            f"point; other modules are {sorted(others)}"
+        )
     names = chosen if linen else _paths_in_qwix(module, chosen)
     rule = qwix.QuantizationRule(
         module_path="|".join(sorted(map(re.escape, names))),

@@ -90,7 +90,7 @@ class VGG(nn.Module):
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
             number += 1
         x = adaptive_average_pool(x, (7, 7))
-        x = jnp.moveaxis(x, -1, 1).reshape(len(x), -1)
+        x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
         for name in ("classifier_0", "classifier_3"):
             x = nn.relu(nn.Dense(self.width, name=name)(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)

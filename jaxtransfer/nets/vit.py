@@ -122,7 +122,8 @@ class ViT(nn.Module):
         token = self.param(
             "cls_token", nn.initializers.normal(1e-6), (1, 1, self.width)
         )
-        x = jnp.concatenate([jnp.tile(token, (len(x), 1, 1)), x], axis=1)
+        tokens = jnp.broadcast_to(token, (x.shape[0], 1, self.width))
+        x = jnp.concatenate([tokens, x], axis=1)
         x = x + self.param("pos_embed", _INITIAL, (1, *x.shape[1:]))
         for number in range(self.depth):
             x = _Block(
@@ -147,7 +148,7 @@ class _Patches(nn.Module):
         x = nn.Conv(self.width, size, strides=size, padding="VALID", name="proj")(
             inputs
         )
-        return x.reshape(len(x), -1, self.width)
+        return x.reshape(x.shape[0], -1, self.width)
 
 
 __all__ = ["ViT"]

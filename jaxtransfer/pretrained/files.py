@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ import numpy as np
 from flax import serialization
 
 _SUFFIXES = (".safetensors", ".npz", ".msgpack")
+_CONVERT = (
+    "A file that PyTorch pickled is converted by "
+    "safetensors.torch.save_file(torch.load(file), new_file)"
+)
 
 
 class _Content(NamedTuple):
@@ -32,7 +37,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: a safetensors file, without the package.
-        ValueError: another ending, or a file that can't be read.
+        ValueError: another ending, a folder, a pickle whatever its ending (none is
+            ever opened), or a file that can't be read.
 
     Example:
         >>> import tempfile
@@ -48,6 +54,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_content(path: str | os.PathLike[str]) -> _Content:
     """What :func:`read` gives, with a safetensors file's metadata."""
     file = pathlib.Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(
+            f"path: {str(path)!r} is a folder; give the path of a file in it"
+        )
     kind = kind_of(file)
     if not file.is_file():
         raise FileNotFoundError(f"no file {str(file)!r}; give the path of a file there")
@@ -56,6 +66,11 @@ def read_content(path: str | os.PathLike[str]) -> _Content:
     try:
         return _READERS[kind](file)
     except Exception as error:  # each format raises kinds of its own
+        if _is_pickle(file):
+            raise ValueError(
+                f"{str(file)!r} is a pickle, whatever its ending; none is opened, for "
+                f"it can run code. {_CONVERT}"
+            ) from None
         raise ValueError(
             f"{str(file)!r} can't be read as {kind} ({error}); is it whole, and does "
             "its ending say what it is?"
@@ -92,8 +107,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
     if kind not in _SUFFIXES:
         raise ValueError(
             f"path: {str(path)!r} ends in {kind!r}; weights are read from and written "
-            f"to {', '.join(_SUFFIXES)}. A file that PyTorch pickled is converted by "
-            "safetensors.torch.save_file(torch.load(file), new_file)"
+            f"to {', '.join(_SUFFIXES)}. {_CONVERT}"
         )
     return kind
 
@@ -116,6 +130,23 @@ def _safetensors() -> Any:
     return safetensors.numpy
 
 
+def _is_pickle(file: pathlib.Path) -> bool:
+    """Whether a file is a pickle, or a zip of PyTorch's with one."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(3)
+        # Third is an operation, "(" or above; safetensors begins with its header's
+        # length, which may be 0x280, but is no millions.
+        if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+            return head[2:] >= b"("
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as opened:
+            return any(name.endswith("data.pkl") for name in opened.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def _read_safetensors(file: pathlib.Path) -> _Content:
     from safetensors import safe_open
 
@@ -125,8 +156,22 @@ def _read_safetensors(file: pathlib.Path) -> _Content:
 
 
 def _read_npz(file: pathlib.Path) -> _Content:
+    # NumPy's own errors advise to open pickles, and it reads PyTorch's zips as bytes.
+    if _is_pickle(file) or not zipfile.is_zipfile(file):
+        raise ValueError("it is no zip of arrays")
+    entries: dict[str, Any] = {}
     with np.load(file, allow_pickle=False) as opened:
-        return _Content({name: opened[name] for name in opened.files})
+        for name in opened.files:
+            try:
+                entries[name] = opened[name]
+            except ValueError as error:
+                if "allow_pickle" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{name!r} holds pickled objects, which are not opened; save "
+                    "arrays of numbers or text"
+                ) from None
+    return _Content(entries)
 
 
 def _read_msgpack(file: pathlib.Path) -> _Content:

@@ -158,6 +158,29 @@ def test_a_student_leaves_its_bridges_behind(tmp_path):
         program.call(ROWS[:3])
 
 
+IMAGE_NETWORKS = {
+    "ImageNetResNet": (nets.ImageNetResNet(5, filters=2, stages=(1, 1)), 16),
+    "Conv4": (nets.Conv4(5, filters=2), 16),
+    "MobileNetV2": (nets.MobileNetV2(5, stages=((6, 8, 2, 2),), last=8), 16),
+    "ResNet": (nets.ResNet(5, depth=8, filters=2), 16),
+    "VGG": (nets.VGG(5, depth=11, filters=2, width=8), 32),
+    "ViT": (nets.ViT(5, width=8, depth=1, heads=2, patch=8), 16),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+def test_networks_of_images_take_any_number(name, tmp_path):
+    net, size = IMAGE_NETWORKS[name]
+    model, images = from_linen(net), jax.random.normal(KEY, (3, size, size, 3))
+    variables = jax.jit(model.init)(KEY, images)
+    files = compress.export_student(
+        tmp_path, model, variables, images[:1], platforms=("cpu",)
+    )
+    program = jax.export.deserialize(bytearray(files.student.read_bytes()))
+    expected = jax.jit(lambda x: model.apply(variables, x)[0])(images)
+    np.testing.assert_allclose(program.call(images), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_networks_that_ask_how_many_there_are(tmp_path):
     """`len(x)` needs a number: the error says so, and `batch=` gives one."""
     model = network("linen")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxtransfer import compress, nets, tree
 from jaxtransfer.methods import distill
@@ -275,6 +276,51 @@ def test_rules_choose_modules(kind):
 def test_rules_that_quantize_nothing_are_refused(kind, rules, message):
     with pytest.raises(ValueError, match=message):
         int8(kind, rules=rules)
+
+
+class Tied(nnx.Module):
+    """An embedding that is the output matrix too."""
+
+    def __init__(self, rngs):
+        self.embedding = nnx.Embed(11, 8, rngs=rngs)
+        self.dense = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.embedding.attend(self.dense(self.embedding(tokens)))
+
+
+TOKENS = jnp.array([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+TRANSFORMER = nets.Transformer(
+    11, width=8, heads=2, hidden=16, encoder_layers=1, decoder_layers=1
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "count"),
+    [
+        (TRANSFORMER, {"source": TOKENS, "target": TOKENS}, 16),
+        (lambda rngs: Tied(rngs), TOKENS, 1),
+    ],
+    ids=["transformer", "nnx"],
+)
+def test_embeddings_stay_in_floating_point(module, inputs, count):
+    made = compress.quantized(module, inputs)
+    assert len(made.paths) == count
+    assert not any("embedding" in path for path in made.paths)
+    variables = jax.jit(made.model.init)(KEY, inputs)
+    held = made.convert(variables)
+    np.testing.assert_array_equal(
+        held.params["embedding"]["embedding"],
+        variables.params["embedding"]["embedding"],
+    )
+    np.testing.assert_allclose(
+        jitted(made.integer).apply(held, inputs)[0],
+        jitted(made.model).apply(variables, inputs)[0],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    with pytest.raises(ValueError, match="rules: .* matches nothing but embeddings"):
+        compress.quantized(module, inputs, rules="embedding")
 
 
 def test_layers_that_can_t_are_refused():

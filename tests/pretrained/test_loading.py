@@ -1,5 +1,8 @@
 """Loading is strict, rules say what may differ, and saving undoes it bit by bit."""
 
+import pickle
+import zipfile
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -299,15 +302,73 @@ def test_files_that_cannot_be_read_are_named(tmp_path, types_unchecked):
     for ending in ("safetensors", "npz", "msgpack"):
         damaged = tmp_path / f"damaged.{ending}"
         damaged.write_bytes(b"\xc1 no weights")
-        with pytest.raises(ValueError, match=f"can't be read as .{ending}"):
+        with pytest.raises(ValueError, match=f"can't be read as .{ending}") as e:
             pretrained.read(damaged)
+        _says_nothing_of_numpy(e)
+
+
+def _says_nothing_of_numpy(caught):
+    """Not even where the traceback names what led to the error."""
+    assert "allow_pickle" not in str(caught.value)
+    assert caught.value.__cause__ is None or "allow_pickle" not in str(
+        caught.value.__cause__
+    )
 
 
 def test_a_pickle_inside_an_npz_is_not_opened(tmp_path):
     file = tmp_path / "pickled.npz"
     np.savez(file, weights=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ValueError, match="can't be read"):
+    with pytest.raises(ValueError, match="can't be read.*'weights' holds pickled") as e:
         pretrained.read(file)
+    _says_nothing_of_numpy(e)
+
+
+class Opened:
+    def __reduce__(self):
+        return pytest.fail, ("the pickle was opened",)
+
+
+@pytest.mark.parametrize("form", [2, 3, 4, 5, "zip"])
+@pytest.mark.parametrize("ending", ["safetensors", "npz", "msgpack"])
+def test_a_pickle_by_another_name_is_refused(ending, form, tmp_path):
+    file = tmp_path / f"weights.{ending}"
+    if form == "zip":  # as torch.save writes it
+        with zipfile.ZipFile(file, "w") as opened:
+            opened.writestr("archive/data.pkl", pickle.dumps(Opened()))
+            opened.writestr("archive/data/0", b"\0" * 8)
+            opened.writestr("archive/version", "3\n")
+    else:
+        file.write_bytes(pickle.dumps(Opened(), protocol=form))
+    with pytest.raises(
+        ValueError, match="is a pickle.*safetensors.torch.save_file"
+    ) as e:
+        pretrained.read(file)
+    _says_nothing_of_numpy(e)
+
+
+def test_no_sound_file_is_taken_for_a_pickle(tmp_path):
+    """The header's length makes a safetensors file begin with 80 02."""
+    file = tmp_path / "weights.safetensors"
+    for extra in range(0, 700, 8):
+        save_file({"w": np.ones(2, np.float32)}, file, metadata={"a": "b" * extra})
+        if file.read_bytes()[:2] == b"\x80\x02":
+            break
+    assert file.read_bytes()[:2] == b"\x80\x02"
+    np.testing.assert_array_equal(pretrained.read(file)["w"], np.ones(2))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="can't be read .* is it whole"):
+        pretrained.read(file)
+    empty = tmp_path / "empty.msgpack"
+    empty.write_bytes(serialization.msgpack_serialize({}))
+    assert empty.read_bytes() == b"\x80"
+    assert pretrained.read(empty) == {}
+
+
+@pytest.mark.parametrize("name", ["folder", "folder.npz", "folder.safetensors"])
+def test_a_folder_is_told_so(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="is a folder; give the path of a file in it"):
+        pretrained.read(tmp_path / name)
 
 
 def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
