@@ -11,7 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.maps import inner_axes
 from jaxtransfer.losses.reduction import check_mask, widen
-from jaxtransfer.losses.softened import mean_prediction, softmax_divergence
+from jaxtransfer.losses.softened import (
+    check_positive,
+    mean_prediction,
+    softmax_divergence,
+)
 from jaxtransfer.ops.order import argmax
 from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import AnyArray
@@ -148,7 +152,8 @@ def minimum_class_confusion(
         Scalar in [0, 1), float32 or wider; 0 if no example counts.
 
     Raises:
-        ValueError: If the logits are no matrix, or ``where`` does not fit.
+        ValueError: If the logits are no matrix, ``where`` does not fit or, outside of
+            ``jit``, the temperature is not positive.
 
     Example:
         >>> import jax.numpy as jnp
@@ -162,6 +167,7 @@ def minimum_class_confusion(
     logits, where = _given(logits, where)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [batch, classes], got shape {logits.shape}.")
+    check_positive("temperature", temperature)
     log_p = jax.nn.log_softmax(logits / temperature)
     p = jnp.exp(log_p)
     weights = jax.lax.stop_gradient(1.0 + jnp.exp(jnp.sum(p * log_p, axis=1)))
@@ -271,6 +277,8 @@ def virtual_adversarial(
     Reference:
         Miyato et al., "Virtual Adversarial Training: A Regularization Method for
         Supervised and Semi-Supervised Learning", IEEE TPAMI 41, 2019, sec. 3.3.
+        Deviation: the authors' code has ``probe`` 1e-6, which float32 rounds away in
+        inputs near 1, and ``radius`` 2.5 to 10, by data set and preprocessing.
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")
@@ -311,7 +319,8 @@ def centroid_pseudo_labels(
 
     Centroids ``c_k = sum_i p_ik f_i / sum_i p_ik`` of the features, extended by a 1 and
     of length 1; every example takes the centroid with the largest cosine, then the
-    centroids are those of the labels, ``rounds`` times over.
+    centroids are those of the labels, ``rounds`` times over. Only classes with an
+    example have one: at first those that are some example's largest logit.
 
     Args:
         features: [batch, features], best of all target data at once.
@@ -320,7 +329,8 @@ def centroid_pseudo_labels(
         where: Which examples make the centroids [batch]; all are labelled.
 
     Returns:
-        Labels [batch]; a class without any example is never chosen.
+        Labels [batch]; a class without any example that counts is never chosen (0 if
+        none counts).
 
     Raises:
         ValueError: If the inputs are no matrices with equal rows, or ``where`` does not
@@ -336,6 +346,7 @@ def centroid_pseudo_labels(
     Reference:
         Liang, Hu and Feng, "Do We Really Need to Access the Source Data? Source
         Hypothesis Transfer for Unsupervised Domain Adaptation", ICML 2020, eqs. 5-6.
+        The classes that may be chosen are those of the authors' code.
     """
     features, logits = widen(features), widen(logits)
     if features.ndim != 2 or logits.ndim != 2 or len(features) != len(logits):
@@ -350,14 +361,13 @@ def centroid_pseudo_labels(
         logits = jnp.where(where[:, None], logits, 0.0)
     extended = unit(jnp.pad(features, ((0, 0), (0, 1)), constant_values=1.0))
     counted = jnp.where(counts[:, None] > 0, extended, 0.0)
-    weights = jax.nn.softmax(logits)
-    labels = argmax(logits)
+    weights, labels = jax.nn.softmax(logits), argmax(logits)
     for _ in range(rounds + 1):
-        weights = weights * counts[:, None]
-        total = jnp.sum(weights, axis=0)
         centroids = unit(product(weights.T, counted))
         cosines = product(extended, centroids.T)
-        labels = argmax(jnp.where(total > 0, cosines, -jnp.inf))
+        hot = jax.nn.one_hot(labels, logits.shape[1], dtype=features.dtype)
+        some = jnp.sum(hot * counts[:, None], axis=0) > 0
+        labels = argmax(jnp.where(some, cosines, -jnp.inf))
         weights = jax.nn.one_hot(labels, logits.shape[1], dtype=features.dtype)
     return labels
 

@@ -175,10 +175,18 @@ def bandwidths(rows, weights, multipliers, bandwidth):
 
 def check_positive(name, values):
     """A ValueError if there are no values, or one that is known is not positive."""
-    if isinstance(values, Tracer) or any(isinstance(value, Tracer) for value in values):
-        return
-    if not len(values) or not all(value > 0 for value in values):
+    known = _known(values)
+    if known is not None and not (known.size and (known > 0).all()):
         raise ValueError(f"{name} must be positive, got {values}.")
+
+
+def _known(values):
+    """The values in NumPy; None if any is traced, or of another process."""
+    if isinstance(values, Tracer) or not getattr(values, "is_fully_addressable", True):
+        return None
+    if not isinstance(values, jax.Array) and any(isinstance(v, Tracer) for v in values):
+        return None
+    return np.asarray(values)
 
 
 def _rule(rows, weights, rule):
@@ -203,6 +211,9 @@ def _kernel_weights(given, kernels):
             f"kernel_weights must be one a kernel, {kernels.shape}, got shape "
             f"{weights.shape}."
         )
+    known = _known(given)
+    if known is not None and (known < 0).any():
+        raise ValueError(f"kernel_weights must not be negative, got {given}.")
     return weights
 
 

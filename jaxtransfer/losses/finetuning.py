@@ -231,7 +231,8 @@ def category_relationship(
 
     Returns:
         Rows [classes, source classes] that sum to 1, float32 or wider; 0 for a class
-        without an example, which `co_tuning` then leaves alone.
+        without an example, which `co_tuning` then leaves alone. A label out of range
+        that can't be seen because it is traced gives not-a-number everywhere.
 
     Raises:
         ValueError: If shapes do not match or, outside of ``jit``, labels are out of
@@ -251,10 +252,11 @@ def category_relationship(
     labels, valid, where = checked_labels(labels, len(probabilities), classes, where)
     probabilities = jnp.where(where[:, None], probabilities, 0.0)
     members = jax.nn.one_hot(
-        jnp.where(valid & where, labels, -1), classes, dtype=probabilities.dtype
+        jnp.where(where, labels, -1), classes, dtype=probabilities.dtype
     )
     totals = product(members.T, probabilities)
-    return totals / jnp.maximum(jnp.sum(members, axis=0), 1.0)[:, None]
+    means = totals / jnp.maximum(jnp.sum(members, axis=0), 1.0)[:, None]
+    return means * jnp.where(jnp.all(valid), 1.0, jnp.nan).astype(means.dtype)
 
 
 def calibrated_category_relationship(

@@ -342,7 +342,9 @@ def virtual_teacher_distillation(
     wrong = jnp.log1p(-a) - jnp.log(student.shape[-1] - 1.0)
     teacher = jnp.where(is_label, jnp.log(a), wrong)
     if form == "paper":
-        losses = knowledge_distillation(student, teacher, temperature=temperature)
+        losses = knowledge_distillation(
+            student, teacher, temperature=temperature, where=where
+        )
     elif form == "code":
         _, u = tempered(temperature, student.shape[:-1], where, jnp.exp(teacher))
         losses = softmax_divergence(u, student)

@@ -43,7 +43,9 @@ def mmd_preset(
       first, in place of all pairs; both sets of one size.
     - "pytorch_adapt": one kernel, the (lower) median distance within the source with
       its zero diagonal, unbiased; "pytorch_adapt_linear": its linear-time default.
-    - "domainbed": seven kernels ``exp(-g D)``, g from 0.001 to 1000, biased.
+    - "domainbed": seven kernels ``exp(-g D)``, g from 0.001 to 1000, biased. In
+      float32 the largest g takes rounding of D for distance: two equal sets of 64
+      normal rows of width 512 give 3e-3 to 4e-3 in place of 0.
     - "dassl": three kernels ``exp(-D / (2 s^2))``, s in 1, 5, 10, unbiased.
 
     Args:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,21 +147,37 @@ def test_centroids_are_those_of_the_definition(float64, rounds):
     counts = np.arange(12) % 5 != 0
     extended = np.array([np.append(f, 1.0) for f in features])
     extended /= np.linalg.norm(extended, axis=1, keepdims=True)
-    shares = np.array([_softmax(z) for z in logits])
+    shares, hot = np.array([_softmax(z) for z in logits]), np.eye(4)[logits.argmax(1)]
     for _ in range(rounds + 1):
         cosines = np.full((12, 4), -np.inf)
         for c in range(4):
             rows = [
                 s[c] * f for s, f in zip(shares[counts], extended[counts], strict=True)
             ]
-            if shares[counts, c].sum() > 0:
+            if hot[counts, c].any():
                 centroid = sum(rows) / np.linalg.norm(sum(rows))
                 cosines[:, c] = extended @ centroid
-        shares = np.eye(4)[cosines.argmax(axis=1)]
+        shares = hot = np.eye(4)[cosines.argmax(axis=1)]
     got = confidence.centroid_pseudo_labels(
         features, logits, rounds=rounds, where=jnp.asarray(counts)
     )
     np.testing.assert_array_equal(got, cosines.argmax(axis=1))  # of all rows
+
+
+def test_a_class_that_is_no_example_s_largest_has_no_centroid():
+    """Though the first two examples lie nearest to where the soft one would be."""
+    features = jnp.array([[4.0, 0.0], [4.0, 0.1], [0.0, 4.0], [1.0, 4.0]])
+    logits = jnp.array(
+        [[2.0, 0.0, 1.9], [0.0, 0.5, 0.4], [0.0, 2.0, -9.0], [2.0, 0.0, -9.0]]
+    )
+    find = functools.partial(confidence.centroid_pseudo_labels, features, logits)
+    for rounds in (0, 1):
+        assert find(rounds=rounds).tolist() == [0, 0, 1, 1]
+    # A masked example gives its class no centroid either.
+    counts = jnp.array([True, True, True, False])
+    logits = logits.at[3, 2].set(9.0)
+    found = confidence.centroid_pseudo_labels(features, logits, where=counts)
+    assert 2 not in found
 
 
 def test_says_what_is_wrong(types_unchecked):
@@ -171,3 +189,8 @@ def test_says_what_is_wrong(types_unchecked):
         confidence.pseudo_label(jnp.ones((2, 2)), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"logits must be \[batch, classes\]"):
         confidence.minimum_class_confusion(jnp.ones(3))
+    for temperature in (0.0, -1.0, jnp.array(0.0)):
+        with pytest.raises(ValueError, match="temperature must be positive, got"):
+            confidence.minimum_class_confusion(
+                jnp.ones((2, 3)), temperature=temperature
+            )

@@ -251,6 +251,20 @@ def test_a_kernel_of_weight_zero_is_absent(domains):
         assert both == run(bandwidth=(2.0,), kernel_weights=(1.0,))
 
 
+def test_weights_that_are_known_are_checked_under_jit(domains):
+    source, target = (jnp.asarray(domain, jnp.float32) for domain in domains)
+
+    def value(s, weights):
+        return losses.mmd(s, target, bandwidth=(2.0, 5.0), kernel_weights=weights)
+
+    weights = jnp.array([1.0, 0.5])
+    negative = -weights
+    traced = jax.jit(value)(source, negative)
+    np.testing.assert_allclose(traced, -value(source, weights), rtol=1e-6)
+    with pytest.raises(ValueError, match="kernel_weights must not be negative"):
+        jax.jit(lambda s: value(s, negative))(source)
+
+
 def test_permutation_test_keeps_its_level_and_sees_a_shift():
     def p_value(key, shift):
         rows = jax.random.normal(key, (27, 2))
@@ -309,6 +323,10 @@ def test_says_what_is_wrong(types_unchecked):
         losses.mmd(rows, rows, estimator="block")
     with pytest.raises(ValueError, match="kernel_weights must be one a kernel"):
         losses.mmd(rows, rows, kernel_weights=(1.0,))
+    negative = (1.0, 0.0, -1.0, 0.0, 1.0)
+    for weights in (negative, np.array(negative), jnp.array(negative)):
+        with pytest.raises(ValueError, match="kernel_weights must not be negative"):
+            losses.mmd(rows, rows, kernel_weights=weights)
     with pytest.raises(ValueError, match="needs a PRNG key: key=jax.random.key"):
         losses.mmd(rows, rows, estimator="fourier")
     with pytest.raises(ValueError, match="frequencies must be positive, got 0"):

@@ -101,6 +101,23 @@ def test_golden(float64, name):
     np.testing.assert_allclose(jnp.linalg.norm(gradient), length, rtol=1e-5)
 
 
+def test_attention_of_masked_rows_is_zero_without_gradient():
+    where = jnp.arange(8) != 2
+    given = jnp.asarray(STUDENT, jnp.float32)
+    weights = jnp.asarray(det((8, 4, 4), 103), jnp.float32)
+
+    def total(maps, **options):
+        attention = factors.attention_map(maps, **options)
+        return jnp.sum(attention * weights), attention
+
+    run = jax.value_and_grad(total, has_aux=True)
+    (_, expected), slope = run(given)
+    (value, got), gradient = run(given.at[2].set(jnp.nan), where=where)
+    assert np.isfinite(value)
+    np.testing.assert_array_equal(got, expected.at[2].set(0.0))
+    np.testing.assert_array_equal(gradient, slope.at[2].set(0.0))
+
+
 @pytest.mark.parametrize(
     ("scale", "bias", "golden"),
     [

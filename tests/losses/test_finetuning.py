@@ -180,6 +180,11 @@ def test_co_tuning_leaves_a_class_without_a_row_alone(float64):
 def test_a_traced_label_out_of_range_is_seen():
     result = jax.jit(finetuning.co_tuning)(LOGITS, LABELS - 1, np.eye(4)[:3])
     np.testing.assert_array_equal(np.isnan(result), LABELS == 0)
+    relationship = jax.jit(finetuning.category_relationship, static_argnums=2)
+    assert np.isnan(relationship(PROBABILITIES, LABELS - 1, 3)).all()
+    got = relationship(PROBABILITIES, LABELS - 1, 3, where=LABELS > 0)
+    expected = finetuning.category_relationship(PROBABILITIES, LABELS, 4)[1:]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

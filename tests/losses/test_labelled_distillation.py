@@ -51,7 +51,12 @@ def test_golden(float64, student_logits, teacher_logits, loss, value, norm):
 def test_golden_in_float32(student_logits, teacher_logits, loss, value, norm):
     student = jnp.asarray(student_logits, jnp.float32)
     teacher = jnp.asarray(teacher_logits, jnp.float32)
-    np.testing.assert_allclose(loss(student, teacher, LABELS).mean(), value, rtol=1e-5)
+    got, gradient = jax.value_and_grad(lambda z: loss(z, teacher, LABELS).mean())(
+        student
+    )
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    if norm is not None:
+        np.testing.assert_allclose(jnp.linalg.norm(gradient), norm, rtol=1e-5)
 
 
 def _softmax(z):
@@ -171,6 +176,19 @@ def test_virtual_teacher_against_numpy(float64, student_logits, form):
         student_logits, LABELS, correct_probability=0.9, form=form
     )
     np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["paper", "code"])
+def test_virtual_teacher_of_masked_examples_has_any_temperature(student_logits, form):
+    where = np.arange(8) < 6
+
+    def losses(temperature, **options):
+        return virtual_teacher_distillation(
+            student_logits, LABELS, temperature=temperature, form=form, **options
+        )
+
+    got = losses(np.where(where, 20.0, 0.0), where=where)
+    np.testing.assert_allclose(got, np.where(where, losses(20.0), 0.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("label", [-1, 10])
