@@ -241,9 +241,10 @@ def test_ways_and_shots_vary_together(key):
         ({"shots": (0, 2)}, r"shots=\(0, 2\) must be at least 1"),
         ({"shots": (5, 6)}, r"5 \+ 2 is more than the 6 examples of the smallest"),
         ({"queries": 0}, "queries=0"),
+        ({"queries": (1, 2)}, r"queries=\(1, 2\) must be one number; .*`where`"),
     ],
 )
-def test_refusals(key, options, message):
+def test_refusals(key, options, message, types_unchecked):
     """Also under jit."""
     arguments = {"tasks": 2, "ways": 2, "shots": 1, "queries": 2, "groups": BY_GROUP}
     with pytest.raises(ValueError, match=message):

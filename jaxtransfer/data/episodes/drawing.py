@@ -82,8 +82,8 @@ def draw(
 
     Raises:
         ValueError: more ways than classes or than any group has, more shots and
-            queries than the smallest class has, a count below 1, or a range upside
-            down.
+            queries than the smallest class has, a count below 1, a range upside down,
+            or a range of queries.
 
     Example:
         >>> from jaxtransfer.data import class_index, group_index
@@ -101,6 +101,11 @@ def draw(
         Rotations: `"classes"` is Santoro et al., "Meta-Learning with Memory-Augmented
         Neural Networks", 2016, section 4.1.
     """
+    if isinstance(queries, tuple | list):
+        raise ValueError(
+            f"queries={queries} must be one number; draw the most, and set `where` of "
+            "the query to leave some out"
+        )
     fewest, ways = _range("ways", ways)
     low, shots = _range("shots", shots)
     check_counts(tasks=tasks, queries=queries)

@@ -43,13 +43,16 @@ def maml(
               \quad j = 0 \dots K-1
 
     Differentiable with respect to the start, through every step and through the
-    optimizer's own state.
+    optimizer's own state. Of second order, Adam needs ``eps_root`` above 0, e.g.
+    ``optax.adam(rate, eps_root=1e-8)``: a root has no derivative at 0, so that at the
+    default a slope of 0 can make the gradient not-a-number under a finite loss.
 
     Args:
         task: the losses inside and outside, from :func:`~jaxtransfer.methods.meta.task`
             or put together by hand.
-        optimizer: any optax transformation, or a learned one such as
-            :func:`~jaxtransfer.methods.meta.meta_sgd`.
+        optimizer: any optax transformation that needs no more than the gradient and
+            the parameters (so no line search, as in ``optax.lbfgs``), or a learned one
+            such as :func:`~jaxtransfer.methods.meta.meta_sgd`.
         steps: :math:`K \ge 0`; may be larger at test than in training.
         first_order: take the inner gradients as constants (FOMAML).
         rules: paths of the parameters that adapt (``"head"`` is ANIL); all if None.
@@ -67,8 +70,8 @@ def maml(
 
     Raises:
         ValueError: ``steps`` is negative; (at the call) a rule matches nothing that is
-            not per step, the meta-parameters lack the optimizer's, or there are no
-            support examples.
+            not per step, the meta-parameters lack the optimizer's, the optimizer needs
+            the loss too, or there are no support examples.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -174,7 +177,7 @@ def maml(
             state = state if task.per_step else after
             if first_order:
                 slopes = jax.lax.stop_gradient(slopes)
-            updates, slots = inner.update(slopes, slots, fast)
+            updates, slots = _updates(inner, slopes, slots, fast)
             fast = optax.apply_updates(fast, updates)
             return (fast, slots, state), see(fast, state, number + 1)
 
@@ -231,6 +234,22 @@ def maml(
 def _unchanged(params, frozen, model_state, support, key):
     del params, frozen, support, key
     return model_state
+
+
+def _updates(
+    optimizer: optax.GradientTransformation, slopes: Params, slots: Any, fast: Params
+) -> tuple[Any, Any]:
+    try:
+        return optimizer.update(slopes, slots, fast)
+    except TypeError as error:
+        # A chain hides in its signature what its parts ask for.
+        if "required keyword-only argument" not in str(error):
+            raise
+        raise ValueError(
+            "optimizer: the inner loop gives it the gradient and the parameters, and "
+            f"it needs more ({error}); take one without a line search or a plateau, "
+            "such as optax.sgd"
+        ) from error
 
 
 def _row(repeated: Params, number: Any) -> Params:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxtransfer.methods._counting import without_count
 from jaxtransfer.methods.meta.chunks import Chunk, mean_over_tasks
@@ -25,8 +26,9 @@ def trajectory(
 
     Returns:
         ``(params, frozen, model_state, episodes, key) -> metrics``: the query loss
-        (``loss``), the query objective's metrics, each ``[tasks, steps + 1]``, the
-        first column before adaptation.
+        (``loss``), the norm of all task parameters (``parameter_norm``), the query
+        objective's metrics, each ``[tasks, steps + 1]``, the first column before
+        adaptation.
 
     Raises:
         ValueError: (at the call) as :func:`objective`.
@@ -39,7 +41,10 @@ def trajectory(
             loss, (_, measured) = learner.query(
                 adapted, frozen, state, episode["query"], key
             )
-            pairs = metrics_lib.promote({"loss": loss, **measured})
+            norm = optax.tree.norm(_numbers(adapted))
+            pairs = metrics_lib.promote(
+                {"loss": loss, "parameter_norm": norm, **measured}
+            )
             return {
                 name: jnp.asarray(pair.total) / pair.count
                 for name, pair in pairs.items()
@@ -65,11 +70,21 @@ def trajectory(
     return run
 
 
+def _numbers(adapted: Any) -> list[jax.Array]:
+    """The parameters, without what learners keep by them: which classes there are."""
+    return [
+        leaf
+        for leaf in jax.tree.leaves(adapted)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    ]
+
+
 def check_finite(curves: Mapping[str, Any], *, first_task: int = 0) -> None:
     """Refuse a trajectory that diverged, and say where.
 
     Args:
-        curves: from :func:`trajectory`, on the host or the device.
+        curves: from :func:`trajectory`, on the host or the device: ``"loss"``, and
+            ``"parameter_norm"`` if the message is to have the norm.
         first_task: number of the first task, for the message.
 
     Raises:
@@ -77,22 +92,29 @@ def check_finite(curves: Mapping[str, Any], *, first_task: int = 0) -> None:
 
     Example:
         >>> import numpy as np
-        >>> check_finite({"loss": np.array([[1.0, np.inf]])})
+        >>> losses, norms = np.array([[1.0, np.inf]]), np.array([[2.0, 3e20]])
+        >>> check_finite({"loss": losses, "parameter_norm": norms})
         Traceback (most recent call last):
         ...
         FloatingPointError: task 0: the loss is inf after step 1 (1.0 the step
-        before)...
+        before), the norm of the parameters 3e+20 (2.0 the step before)...
     """
     losses = np.asarray(jax.device_get(curves["loss"]))
     for number, step in np.argwhere(~np.isfinite(losses)):
-        curve = losses[number]
-        before = f" ({curve[step - 1]} the step before)" if step else ""
+        told = f"the loss is {_at(losses[number], step, f' after step {step}')}"
+        if "parameter_norm" in curves:
+            norms = np.asarray(jax.device_get(curves["parameter_norm"]))
+            told += f", the norm of the parameters {_at(norms[number], step)}"
         raise FloatingPointError(
-            f"task {first_task + number}: the loss is {curve[step]} after step {step}"
-            f"{before}; take a smaller inner rate, clip the inner gradient "
-            "(optax.chain(optax.clip_by_global_norm(1.0), ...)), or look at "
-            "this task's data"
+            f"task {first_task + number}: {told}; take a smaller inner rate, "
+            "clip the inner gradient (optax.chain(optax.clip_by_global_norm(1.0), "
+            "...)), or look at this task's data"
         )
+
+
+def _at(curve: np.ndarray, step: Any, words: str = "") -> str:
+    before = f" ({curve[step - 1]} the step before)" if step else ""
+    return f"{curve[step]}{words}{before}"
 
 
 __all__ = ["check_finite", "trajectory"]

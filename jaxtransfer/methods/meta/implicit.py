@@ -88,7 +88,8 @@ def implicit_maml(
         rules: paths of the parameters that adapt; all if None.
 
     Returns:
-        The learner.
+        The learner; it takes no ``step_weights`` in
+        :func:`~jaxtransfer.methods.meta.objective`.
 
     Raises:
         ValueError: ``strength`` is not positive, ``iterations`` is below 1, an
@@ -174,7 +175,14 @@ def implicit_maml(
             model_state = task.statistics(adapted, *given)
         return Adapted(adapted, model_state, found.visited)
 
-    return Learner(descend.init, adapt, task.query, task.predict, descend.statistics)
+    return Learner(
+        descend.init,
+        adapt,
+        task.query,
+        task.predict,
+        descend.statistics,
+        gradient_at_end_only=True,
+    )
 
 
 def _conjugate_gradient(

@@ -94,6 +94,8 @@ class Learner(NamedTuple):
         statistics: ``(params, frozen, model_state, support, key) -> model_state`` of
             the support examples under the meta-parameters, to be collected; None if
             there are none.
+        gradient_at_end_only: whether :attr:`Adapted.visited` has no gradient;
+            :attr:`Adapted.params` have theirs all the same.
     """
 
     init: Callable[[Variables], Variables]
@@ -101,6 +103,7 @@ class Learner(NamedTuple):
     query: Objective
     predict: Predict | None = None
     statistics: Callable[..., ModelState] | None = None
+    gradient_at_end_only: bool = False
 
 
 class Task(NamedTuple):

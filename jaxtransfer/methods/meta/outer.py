@@ -89,7 +89,8 @@ def objective(
             number should be a multiple of theirs, as ``"auto"`` is.
         step_weights: ``(updates so far) -> weights [steps + 1]`` of the query losses
             before and after each step, e.g. :func:`multi_step_weights`; the last alone
-            if None. Needs :func:`~jaxtransfer.methods.meta.counted` variables.
+            if None. Needs :func:`~jaxtransfer.methods.meta.counted` variables, and a
+            learner with a gradient at every step.
         collect: momentum, 0 ... 1, of running batch statistics of the support examples,
             for ``statistics="running"`` (under the meta-parameters) and ``"per_step"``
             (after each step): the share of the old ones that is kept. Left as they are
@@ -101,8 +102,9 @@ def objective(
 
     Raises:
         ValueError: ``collect`` is not in 0 ... 1, or the learner has no statistics to
-            collect; (at the first call) no tasks; ``chunk`` does not divide them;
-            weights without a count, or not one for each step and the start.
+            collect; ``step_weights`` for implicit MAML; (at the first call) no tasks;
+            ``chunk`` does not divide them; weights without a count, or not one for each
+            step and the start.
 
     References:
         Finn, Abbeel, Levine, *Model-agnostic meta-learning*, ICML 2017, algorithm 2.
@@ -114,6 +116,11 @@ def objective(
         raise ValueError(
             f"collect: got {collect}, but the learner has no statistics to collect; "
             "make its task with meta.task, or leave collect out"
+        )
+    if step_weights is not None and learner.gradient_at_end_only:
+        raise ValueError(
+            "step_weights: implicit MAML has a gradient at its end only; leave "
+            "step_weights out"
         )
 
     def one(params, frozen, given, key_and_task):

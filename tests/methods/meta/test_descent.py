@@ -84,6 +84,31 @@ def test_the_gradient_through_any_optimizer_is_the_difference(
     check_differences(meta.objective(learner), start, batch)
 
 
+@pytest.mark.parametrize(("eps_root", "finite"), [(0.0, False), (1e-8, True)])
+def test_adam_needs_its_root_away_from_zero(eps_root, finite):
+    """With slopes of 0, such as those of the weights of a pixel that is always 0."""
+
+    def pixel(params, *rest):
+        return bowl({"w": params["w"] + 0.0 * params["idle"]}, *rest)
+
+    learner = meta.maml(
+        meta.Task(pixel, pixel), optax.adam(0.05, eps_root=eps_root), steps=2
+    )
+    start = Variables({"w": jnp.asarray(WEIGHTS), "idle": jnp.zeros(SIZE)})
+    batch = jax.tree.map(jnp.asarray, QUADRATIC)
+    loss, found = gradient(meta.objective(learner), start, batch)
+    assert jnp.isfinite(loss)
+    assert all(jnp.isfinite(leaf).all() for leaf in found.values()) == finite
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_optimizer_that_needs_the_loss_is_refused(steps):
+    learner = meta.maml(BOWL, optax.lbfgs(), steps=steps)
+    support = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), QUADRATIC["support"])
+    with pytest.raises(ValueError, match="it needs more .*'value'.*without a line"):
+        learner.adapt({"w": jnp.asarray(WEIGHTS)}, {}, {}, support, KEY)
+
+
 def test_first_order_is_the_gradient_at_the_adapted_parameters():
     model, start = made("linen")
     task, batch = meta.task(model), episodes()

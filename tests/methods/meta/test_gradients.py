@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtransfer import nets, ops
 from jaxtransfer.methods import meta
 from jaxtransfer.model import from_linen
+from jaxtransfer.ops import patches
 
 KEY = jax.random.key(0)
 BACKWARDS: tuple[meta.Backward, ...] = ("forward-over-reverse", "remat", "stored")
@@ -139,6 +140,52 @@ def test_the_orders_are_told_apart(steps):
         golden()[f"strided/{steps}/{order}"][1:] for order in ("first", "second")
     )
     assert np.linalg.norm(first - second) > 0.3 * np.linalg.norm(second)
+
+
+class Wide(nn.Module):
+    """A layer of 16 channels, with parameters before and after it."""
+
+    conv: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, inputs, train: bool = False):
+        x = nn.Dense(16, name="first")(inputs)
+        x = ops.max_pool(nn.relu(self.conv(16, (3, 3), name="conv")(x)))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+def test_of_wide_layers_it_is_that_of_convolutions(float64, monkeypatch):
+    """They take Winograd's form on a CPU."""
+    random = np.random.default_rng(0)
+    batch = {
+        part: {
+            "inputs": jnp.asarray(random.normal(size=(2, 3, 8, 8, 2))),
+            "labels": jnp.tile(jnp.arange(3), (2, 1)),
+        }
+        for part in ("support", "query")
+    }
+    vector = random.normal(scale=0.3, size=2419)
+    winograd, shapes = patches.winograd_conv, set()
+
+    def seen(inputs, kernel, **options):
+        shapes.add(inputs.shape)
+        return winograd(inputs, kernel, **options)
+
+    monkeypatch.setattr(patches, "winograd_conv", seen)
+
+    def found(conv, **options):
+        model = from_linen(Wide(conv))
+        learner = meta.maml(meta.task(model), optax.sgd(0.4), steps=2, **options)
+        params = weights_of(model, batch["support"]["inputs"][0], vector)
+        objective = meta.objective(learner, chunk=None)
+        return loss_and_gradient(objective, params, {}, batch)
+
+    expected = found(nn.Conv)
+    assert not shapes
+    close(found(nets.PatchConv), expected, 1e-9)
+    assert shapes == {(3, 10, 10, 16)}  # with the padding
+    first = found(nn.Conv, first_order=True)
+    assert np.linalg.norm(first - expected) > 0.1 * np.linalg.norm(expected[1:])
 
 
 # --- a twin in NumPy ------------------------------------------------------------------

@@ -108,6 +108,12 @@ def test_few_iterations_come_close():
     np.testing.assert_allclose(found["w"], expected["w"], rtol=2e-2, atol=1e-4)
 
 
+def test_weights_of_steps_are_refused():
+    learner = meta.implicit_maml(TASK, optax.sgd(0.3), steps=2)
+    with pytest.raises(ValueError, match="gradient at its end only; leave step_w"):
+        meta.objective(learner, step_weights=meta.multi_step_weights(2, 9))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -41,6 +41,12 @@ def test_metrics_are_those_of_the_query_over_all_tasks(chunk, curves):
 
 def test_the_trajectory_begins_at_the_start_and_ends_at_the_objective(curves):
     assert curves["loss"].shape == curves["accuracy"].shape == (4, 4)
+    norms = curves["parameter_norm"]
+    np.testing.assert_allclose(norms[:, 0], optax.tree.norm(START.params), rtol=1e-5)
+    support = jax.tree.map(lambda leaf: leaf[0], BATCH["support"])
+    end = jax.jit(LEARNER.adapt)(START.params, {}, {}, support, KEY).params
+    np.testing.assert_allclose(norms[0, -1], optax.tree.norm(end), rtol=1e-5)
+    assert not np.allclose(norms[0, -1], norms[0, 0], rtol=1e-3)
     for steps in (0, 2, 3):
         learner = meta.maml(meta.task(MODEL), optax.sgd(0.2), steps=steps)
         run = jax.jit(meta.objective(learner))
@@ -229,6 +235,12 @@ def test_a_diverged_task_is_named():
         match=r"^task 12: the loss is nan after step 1 \(4.0 the step before\); take a",
     ):
         meta.check_finite({"loss": jnp.asarray(losses)}, first_task=10)
+    norms = np.array([[1.0, 2.0], [1.0, 2.0], [1.5, 3e20]])
+    with pytest.raises(
+        FloatingPointError,
+        match=r"before\), the norm of the parameters 3e\+20 \(1.5 the step before\);",
+    ):
+        meta.check_finite({"loss": losses, "parameter_norm": norms})
     losses[1, 0] = np.inf
     with pytest.raises(
         FloatingPointError, match="task 1: the loss is inf after step 0;"
