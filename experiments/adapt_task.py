@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from experiments.common import StudyConfig, command_line, start_run
+from experiments.few_shot_recipes import RECIPES
 from experiments.few_shot_saved import ANY_WAYS, Saved, load
 from experiments.figures import BASELINE, STYLE
 from jaxtransfer import data
@@ -46,8 +47,8 @@ class Config(StudyConfig):
     steps: int | None = None
     """Gradient steps, of methods that take any; as saved with the network if None."""
     rate: float | None = None
-    """Rate of the inner SGD, of methods that have a fixed one; as in training if
-    None."""
+    """Rate of the inner SGD, as it is taken; as in training if None. Refused by methods
+    that learn their rates (Meta-SGD, MAML++) or take no gradient steps."""
     invert: bool | None = None
     """Invert the images; as in training if None. Networks of Omniglot want dark ink on
     light paper and invert it."""
@@ -84,12 +85,14 @@ def adapt(
         saved: from :func:`experiments.few_shot_saved.load`.
         support: ``inputs``, ``labels`` and ``names`` of ``data.image_folder``.
         steps: inner steps; as saved with the network if None.
-        rate: of the inner SGD, if another than in training.
+        rate: of the inner SGD, if another than in training; not for methods that learn
+            their rates or take no gradient steps.
         seed: of the networks that draw while they adapt.
 
     Raises:
         ValueError: images of another size than the network's, fewer than two classes,
-            or more than it can tell apart.
+            more than it can tell apart, or a rate that is not positive or not for its
+            method.
         FloatingPointError: a step diverged.
     """
     ways = len(support["names"])
@@ -121,9 +124,13 @@ def adapt(
     try:
         meta.check_finite({"loss": losses[None]})
     except FloatingPointError as error:
+        cause = (
+            "the steps diverged"
+            if RECIPES[saved.method].no_rate
+            else f"rate: {saved.rate if rate is None else rate:g} was too large"
+        )
         raise FloatingPointError(
-            f"rate: {saved.rate if rate is None else rate:g} was too large, or the "
-            f"weights are not finite: {error}"
+            f"{cause}, or the weights are not finite: {error}"
         ) from error
 
     @jax.jit
@@ -238,7 +245,7 @@ def main(config: Config) -> list[dict[str, Any]]:
 
     Raises:
         OSError: a folder is missing or can't be written to.
-        ValueError: images or networks that don't fit, as the message says.
+        ValueError: images, networks or options that don't fit, as the message says.
         FloatingPointError: a step diverged.
     """
     saved = load(config.checkpoint)
@@ -272,6 +279,16 @@ def main(config: Config) -> list[dict[str, Any]]:
         invert=invert,
     )
     _record(folder, title, task, found)
+    first, last = task.losses[[0, -1]]
+    if last > first:
+        rate = saved.rate if config.rate is None else config.rate
+        remedy = f"a smaller --rate than {rate:g}"
+        if RECIPES[saved.method].no_rate:
+            remedy = "fewer --steps"
+        print(
+            f"Warning: the steps raised the loss on the support from {first:.4g} to "
+            f"{last:.4g}; try {remedy}."
+        )
     return found
 
 

@@ -78,10 +78,12 @@ class Config(StudyConfig):
     learning_rate: float = 3e-3
     """Of Adam on the meta-parameters; falls to 0 along a cosine."""
     inner_steps: int = 1
-    """Gradient steps of a task in meta-training, where a recipe has no other number."""
+    """Gradient steps of a task in meta-training; MAML++ takes at least 3, Reptile and
+    iMAML 5."""
     inner_learning_rate: float = 0.4
     """Of the inner SGD on the mean cross-entropy (the published 0.4 is on a sum over
-    classes: 2.0 here in 5-way tasks)."""
+    classes: 2.0 here in 5-way tasks). Reptile and iMAML take half of it, ProtoMAML a
+    twentieth, CAVIA 1.0 whatever it is."""
     steps: int = 10
     """Most gradient steps at test; how many are taken is chosen on validation tasks."""
     baseline_steps: int = 50

@@ -9,8 +9,9 @@ Two measures: *transductive* (as published: a task's query images are normalised
 their own batch statistics) and *support statistics* (each query image is judged alone,
 normalised by the statistics of the support). Training is transductive.
 
-Deviation from the paper's network: the normalisation has a scale, and scale and offset
-are adapted with the rest.
+Deviation from the paper's network: the normalisation has a scale. Scale and offset
+adapt as the other parameters of the features do; not so in MAML++, which learns a scale
+and an offset for each step.
 """
 
 import dataclasses
@@ -128,9 +129,12 @@ def main(config: Config) -> dict[str, Any]:
         ``{measure: {method: accuracies by seed in %}}``.
 
     Raises:
-        ValueError: an option does not divide another as it must, or ``train_ways`` or
-            ``also`` do not suit a method.
+        ValueError: an option is below 1 or does not divide another as it must, or
+            ``train_ways`` or ``also`` do not suit a method.
     """
+    for option in ("block", "validation_tasks", "test_tasks"):
+        if getattr(config, option) < 1:
+            raise ValueError(f"{option}: {getattr(config, option)} must be 1 or more")
     for whole, part in (
         ("meta_steps", "block"),
         ("pretrain_steps", "block"),
@@ -253,7 +257,7 @@ def _keep(
     found: Mapping[str, Any],
 ) -> None:
     """The network of the first seed, for ``experiments.adapt_task``."""
-    steps = RECIPES[method].steps or config.inner_steps
+    recipe = RECIPES[method]
     save(
         folder / "networks" / method,
         method=method,
@@ -261,8 +265,8 @@ def _keep(
         image_size=config.image_size,
         ways=config.ways,
         shots=config.shots,
-        rate=config.inner_learning_rate,
-        steps=steps,
+        rate=recipe.rate(config.inner_learning_rate),
+        steps=max(recipe.steps, config.inner_steps),
         test_steps=found["support statistics"]["steps"],
         statistics="support",
         variables=variables,

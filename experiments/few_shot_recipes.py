@@ -24,7 +24,7 @@ class Setting:
         model: network with modules ``features`` and ``head``.
         ways: classes of a task.
         steps: gradient steps, in training or at test.
-        rate: of the inner SGD on a mean cross-entropy.
+        rate: of the inner SGD on a mean cross-entropy, as the recipe takes it.
         statistics: whose batch statistics normalise.
         width: features of the network, for the relation module.
     """
@@ -54,7 +54,9 @@ class Recipe:
         context: numbers of a context in the network.
         query: whether the learner is shown the query's inputs.
         outputs: of the network, if not one for each class.
-        steps: inner steps in training, if not the study's.
+        steps: fewest inner steps in training, where the study has fewer.
+        rate: of the inner SGD, of the study's.
+        no_rate: why there is no such rate to choose when it adapts, if there is none.
     """
 
     build: Build | None
@@ -66,7 +68,9 @@ class Recipe:
     context: int = 0
     query: bool = False
     outputs: int | None = None
-    steps: int | None = None
+    steps: int = 0
+    rate: Callable[[float], float] = lambda rate: rate
+    no_rate: str = ""
 
 
 def _descend(**options: Any) -> Build:
@@ -81,6 +85,10 @@ def _descend(**options: Any) -> Build:
 
 def _meta_learned(build: Build, **options: Any) -> Recipe:
     return Recipe(build, {"": build}, **options)
+
+
+def _comparing(build: Build, **options: Any) -> Recipe:
+    return _meta_learned(build, no_rate="it takes no gradient steps", **options)
 
 
 def _with(learned: Callable[[float], meta.Learned], **options: Any) -> Build:
@@ -114,26 +122,20 @@ def _relation(s: Setting) -> meta.Learner:
 
 def _proto_maml(s: Setting) -> meta.Learner:
     return meta.proto_maml(
-        s.model, optax.sgd(s.rate / 20), steps=s.steps, statistics=s.statistics
+        s.model, optax.sgd(s.rate), steps=s.steps, statistics=s.statistics
     )
 
 
 def _cavia(s: Setting) -> meta.Learner:
     task = meta.task(s.model, statistics=s.statistics)
-    return meta.cavia(task, optax.sgd(1.0), steps=s.steps)
+    return meta.cavia(task, optax.sgd(s.rate), steps=s.steps)
 
 
 def _implicit(s: Setting) -> meta.Learner:
     task = meta.task(s.model, statistics=s.statistics)
     return meta.implicit_maml(
-        task, optax.sgd(s.rate / 2), steps=max(s.steps, 5), strength=0.5, iterations=3
+        task, optax.sgd(s.rate), steps=s.steps, strength=0.5, iterations=3
     )
-
-
-def _reptile(s: Setting) -> meta.Learner:
-    task = meta.task(s.model, statistics=s.statistics)
-    inner = optax.sgd(s.rate / 2)
-    return meta.maml(task, inner, steps=max(s.steps, 5), first_order=True)
 
 
 def _tuned(
@@ -240,27 +242,30 @@ RECIPES = {
     "MAML": _meta_learned(_descend()),
     "FOMAML": _meta_learned(_descend(first_order=True)),
     "Reptile": _meta_learned(
-        _reptile,
+        _descend(first_order=True),
         objective=lambda learner, setting, updates: meta.reptile(learner),
         outer=_reptile_sgd,
+        steps=5,
+        rate=lambda rate: rate / 2,
     ),
     "ANIL": _meta_learned(_descend(rules="head")),
     "BOIL": _meta_learned(_descend(rules="features")),
-    "Meta-SGD": _meta_learned(_with(meta.meta_sgd)),
+    "Meta-SGD": _meta_learned(_with(meta.meta_sgd), no_rate="it learned its rates"),
     "MAML++": _meta_learned(
         _with(meta.per_layer_per_step, per_step=".*/norm"),
         objective=_multi_step,
         steps=3,
+        no_rate="it learned its rates",
     ),
     "meta-curvature": _meta_learned(_with(meta.meta_curvature)),
-    "CAVIA": _meta_learned(_cavia, context=100),
-    "iMAML": _meta_learned(_implicit),
-    "ProtoMAML": _meta_learned(_proto_maml),
-    "ProtoNet": _meta_learned(_compare(meta.prototypical)),
-    "ProtoNet in turns": _meta_learned(_cosine, objective=_in_turns, outputs=256),
-    "Matching": _meta_learned(_compare(meta.matching, scale=10.0)),
-    "Relation": _meta_learned(_relation),
-    "R2D2": _meta_learned(_compare(meta.ridge)),
+    "CAVIA": _meta_learned(_cavia, context=100, rate=lambda _: 1.0),
+    "iMAML": _meta_learned(_implicit, steps=5, rate=lambda rate: rate / 2),
+    "ProtoMAML": _meta_learned(_proto_maml, rate=lambda rate: rate / 20),
+    "ProtoNet": _comparing(_compare(meta.prototypical)),
+    "ProtoNet in turns": _comparing(_cosine, objective=_in_turns, outputs=256),
+    "Matching": _comparing(_compare(meta.matching, scale=10.0)),
+    "Relation": _comparing(_relation),
+    "R2D2": _comparing(_compare(meta.ridge)),
     "pretrained, head tuned": Recipe(None, _tuned(meta.fine_tuning, (0.1, 1.0))),
     "pretrained, fine-tuned": Recipe(
         None, _tuned(meta.fine_tuning, (0.1, 1.0), body="tuned")

@@ -6,9 +6,10 @@ A folder holds ``network.json`` and the checkpoint ``weights``.
 import dataclasses
 import difflib
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from jaxtransfer.typing import Params, Variables
 
 ABOUT = "network.json"
 WEIGHTS = "weights"
+VERSION = 2
+"""Of ``network.json``; in the first, which does not say it, ``rate`` is the study's."""
 ANY_WAYS = (
     "ProtoMAML",
     "ProtoNet",
@@ -49,7 +52,8 @@ class Saved:
         image_size: height and width of its images, which have one channel.
         ways: classes of a task in training.
         shots: support examples of a class in training.
-        rate: of the inner SGD in training.
+        rate: of the inner SGD in training, where the method has one; where it learns
+            rates, their start.
         steps: inner steps in training.
         test_steps: inner steps when it adapts, unless told otherwise.
         statistics: whose batch statistics normalise when it adapts.
@@ -84,7 +88,8 @@ class Saved:
             rate: of the inner SGD, if another than in training.
 
         Raises:
-            ValueError: more classes than the head has outputs.
+            ValueError: more classes than the head has outputs, a rate that is not
+                positive, or one for a method that has none to choose.
         """
         free = self.method in ANY_WAYS
         if ways > self.ways and not free:
@@ -93,6 +98,14 @@ class Saved:
                 f"of {self.ways}; take classes out, train one with --ways {ways}, or "
                 f"use one of {', '.join(ANY_WAYS)}, which take any number"
             )
+        if rate is not None:
+            if why := RECIPES[self.method].no_rate:
+                raise ValueError(
+                    f"rate: got {rate:g}, but {self.method} has none to choose: {why}; "
+                    "leave it out"
+                )
+            if not 0 < rate < math.inf:
+                raise ValueError(f"rate: got {rate:g}; it must be positive and finite")
         build, setting = _setting(_about(self))
         setting = dataclasses.replace(
             setting,
@@ -191,6 +204,7 @@ def save(
     """
     _check_method(method)
     about = {
+        "version": VERSION,
         "method": method,
         "filters": filters,
         "image_size": image_size,
@@ -274,11 +288,17 @@ def _read_about(folder: Path) -> dict[str, Any]:
             f"checkpoint {str(folder)!r} is damaged: {ABOUT} can't be read ({error}); "
             "copy the whole folder again, or train the network again"
         ) from error
-    if not isinstance(about, dict) or set(about) != names:
+    if not isinstance(about, dict) or set(about) - {"version"} != names:
         raise ValueError(
             f"checkpoint {str(folder)!r}: {ABOUT} is not of a few-shot network: it has "
             f"{sorted(about)} where {sorted(names)} are needed; "
             f"give networks/METHOD of a run of {_command('ProtoNet')}"
+        )
+    version = about.pop("version", 1)
+    if version not in (1, VERSION):
+        raise ValueError(
+            f"checkpoint {str(folder)!r}: {ABOUT} has version {version!r}, not 1 or "
+            f"{VERSION}; load it with the version of this library that trained it"
         )
     try:
         _check_method(about["method"])
@@ -287,7 +307,30 @@ def _read_about(folder: Path) -> dict[str, Any]:
             f"checkpoint {str(folder)!r}: {error}; load it with the version that "
             "trained it, or train one of these"
         ) from error
+    try:
+        _check_values(about)
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {str(folder)!r}: {ABOUT}: {error}; copy the whole folder again"
+        ) from error
+    if version == 1:
+        about["rate"] = RECIPES[about["method"]].rate(about["rate"])
     return about
+
+
+def _check_values(about: dict[str, Any]) -> None:
+    least = {"filters": 1, "image_size": 1, "ways": 1, "shots": 1}
+    for name, low in {**least, "steps": 0, "test_steps": 0}.items():
+        value = about[name]
+        if type(value) is not int or value < low:
+            raise ValueError(f"{name} is {value!r}, not a whole number from {low} on")
+    rate, known = about["rate"], get_args(meta.Statistics)
+    if type(rate) not in (int, float) or not 0 <= rate < math.inf:
+        raise ValueError(f"rate is {rate!r}, not a finite number from 0 on")
+    if about["statistics"] not in known:
+        raise ValueError(f"statistics is {about['statistics']!r}, none of {known}")
+    if type(about["invert"]) is not bool:
+        raise ValueError(f"invert is {about['invert']!r}, not true or false")
 
 
 def _check_method(method: str) -> None:

@@ -145,7 +145,7 @@ def setting(
         filters=config.filters,
         image_size=config.image_size,
         steps=steps,
-        rate=config.inner_learning_rate,
+        rate=recipe.rate(config.inner_learning_rate),
         statistics=statistics,
     )
 
@@ -154,7 +154,7 @@ def meta_trainer(config: Config, pool: Pool, method: Method) -> Trainer:
     """A recipe on tasks of the pool."""
     recipe = RECIPES[method]
     assert recipe.build is not None
-    steps = recipe.steps or config.inner_steps
+    steps = max(recipe.steps, config.inner_steps)
     chosen = setting(config, recipe, steps, "transductive")
     if config.train_ways:
         chosen = dataclasses.replace(chosen, ways=config.train_ways)

@@ -225,8 +225,11 @@ def main(config: Config) -> dict[str, Any]:
         ``{task: {method: mean squared errors by seed}}``.
 
     Raises:
-        ValueError: ``block`` does not divide ``meta_steps``.
+        ValueError: an option is below 1, or ``block`` does not divide ``meta_steps``.
     """
+    for option in ("block", "inner_steps", "validation_tasks", "test_tasks"):
+        if getattr(config, option) < 1:
+            raise ValueError(f"{option}: {getattr(config, option)} must be 1 or more")
     if config.meta_steps % config.block:
         raise ValueError(
             f"meta_steps: {config.meta_steps} must be a multiple of block, "

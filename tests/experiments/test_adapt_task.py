@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -201,6 +202,78 @@ def test_a_rate_that_diverges_is_named_with_step_and_loss(tmp_path, networks):
         adapt_task.adapt(saved, support, rate=1e30, steps=1)
 
 
+OWN = {
+    "inputs": np.random.default_rng(1).random((2, 8, 8, 1), np.float32),
+    "labels": np.arange(2),
+    "names": ["bar", "post"],
+}
+"""A support in memory, an image a class."""
+
+
+def saved_as(method, **changes):
+    about = {"method": method, **ABOUT, **changes}
+    return few_shot_saved.Saved(**about, variables=untrained(method))
+
+
+@pytest.mark.parametrize("method", ["Reptile", "iMAML"])
+def test_as_many_steps_as_asked_are_taken(method):
+    """Also by methods that take no fewer than five in training."""
+    assert len(adapt_task.adapt(saved_as(method), OWN, steps=1).losses) == 2
+    assert len(adapt_task.adapt(saved_as(method, test_steps=2), OWN).losses) == 3
+
+
+@pytest.mark.parametrize(
+    "method", ["MAML", "Reptile", "BOIL", "CAVIA", "iMAML", "ProtoMAML"]
+)
+def test_the_rate_is_the_one_asked_for(method, monkeypatch):
+    saved, taken, sgd = saved_as(method), [], optax.sgd
+    monkeypatch.setattr(optax, "sgd", lambda rate: taken.append(rate) or sgd(rate))
+    saved.learner(2)
+    saved.learner(2, rate=0.1)
+    assert taken == [ABOUT["rate"], 0.1]
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [("Meta-SGD", "learned its rates"), ("MAML++", "learned its rates")]
+    + [(name, "no gradient steps") for name in few_shot_saved.ANY_WAYS[1:]],
+)
+def test_a_rate_is_refused_where_there_is_none(method, why):
+    with pytest.raises(ValueError, match=f"^rate: got 0.1, but .*none to .*{why}"):
+        adapt_task.adapt(saved_as(method), OWN, rate=0.1)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_rate_that_is_not_positive_is_refused(rate):
+    with pytest.raises(ValueError, match=r"^rate: got .* positive and finite"):
+        adapt_task.adapt(saved_as("MAML"), OWN, rate=rate)
+
+
+def test_weights_that_are_not_finite_do_not_blame_a_rate_nobody_chose():
+    saved = saved_as("Meta-SGD")
+    bad = jax.tree.map(lambda leaf: leaf * np.nan, saved.variables)
+    with pytest.raises(FloatingPointError, match="^the steps diverged, or the weights"):
+        adapt_task.adapt(dataclasses.replace(saved, variables=bad), OWN)
+
+
+def test_steps_that_raise_the_loss_are_told_with_the_remedy(
+    tmp_path, networks, capsys, monkeypatch
+):
+    draw(tmp_path / "support", {"bar": 1, "post": 1})
+    draw(tmp_path / "query", {"bar": 1})
+    config = options(tmp_path, networks / "MAML", rate=1e6)
+
+    def told(*losses):
+        task = adapt_task.Task(lambda inputs: np.full((1, 2), 0.5), np.array(losses))
+        monkeypatch.setattr(adapt_task, "adapt", lambda *_, **options: task)
+        adapt_task.main(config)
+        return capsys.readouterr().out
+
+    assert "Warning" not in told(0.696, 0.5) + told(0.696)
+    remedy = "from 0.696 to 1.402e+10; try a smaller --rate than 1e+06"
+    assert remedy in told(0.696, 0.1, 14020346880.0)
+
+
 def test_a_support_that_does_not_fit_is_refused(tmp_path, networks):
     saved = few_shot_saved.load(networks / "ProtoNet")
     support = support_of(saved, tmp_path, {"bar": 1, "post": 1})
@@ -280,6 +353,49 @@ def test_a_damaged_or_foreign_description_is_refused(copied):
     file.write_text('{"weight_decay": 0.1}')
     with pytest.raises(ValueError, match="not of a few-shot network"):
         few_shot_saved.load(copied)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"filters": "four"},
+        {"filters": None},
+        {"filters": 4.0},
+        {"image_size": 0},
+        {"ways": True},
+        {"shots": 0},
+        {"steps": -1},
+        {"test_steps": -1},
+        {"rate": "0.4"},
+        {"rate": float("nan")},
+        {"rate": -0.4},
+        {"statistics": ["support"]},
+        {"invert": 1},
+        {"version": 3},
+    ],
+)
+def test_values_of_the_description_are_checked(copied, changes):
+    rewrite(copied, **changes)
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"^checkpoint '.*MAML': .*{name} "):
+        few_shot_saved.load(copied)
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"), [("ProtoMAML", 0.02), ("CAVIA", 1.0), ("Reptile", 0.2)]
+)
+def test_the_rate_of_an_older_description_is_the_one_it_was_trained_with(
+    tmp_path, method, rate
+):
+    """The first version noted the rate of the study, of which this was made."""
+    variables = untrained(method)
+    few_shot_saved.save(tmp_path, method=method, variables=variables, **ABOUT)
+    assert few_shot_saved.load(tmp_path).rate == ABOUT["rate"]
+    file = tmp_path / few_shot_saved.ABOUT
+    about = json.loads(file.read_text())
+    del about["version"]
+    file.write_text(json.dumps(about))
+    assert few_shot_saved.load(tmp_path).rate == rate
 
 
 def test_a_folder_without_a_network_points_to_one(tmp_path, networks):

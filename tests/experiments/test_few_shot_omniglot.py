@@ -8,6 +8,7 @@ import pytest
 
 from experiments import few_shot_config as options
 from experiments import few_shot_omniglot as study
+from experiments import few_shot_training
 from experiments.few_shot_recipes import RECIPES, with_head
 from jaxtransfer import data
 
@@ -78,6 +79,39 @@ def test_no_character_is_in_two_parts(pools):
     assert [len(np.unique(pool.labels)) for pool in pools.values()] == [4, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("method", "rate", "steps"),
+    [
+        ("MAML", 0.4, 1),
+        ("MAML++", 0.4, 3),
+        ("Reptile", 0.2, 5),
+        ("iMAML", 0.2, 5),
+        ("ProtoMAML", 0.02, 1),
+        ("CAVIA", 1.0, 1),
+    ],
+)
+def test_rate_and_steps_of_training_are_the_published_and_saved(
+    tmp_path, pools, monkeypatch, method, rate, steps
+):
+    built, kept = [], {}
+    build = RECIPES[method].build
+
+    def spy(setting):
+        built.append(setting)
+        return build(setting)
+
+    recipe = dataclasses.replace(RECIPES[method], build=spy)
+    monkeypatch.setitem(RECIPES, method, recipe)
+    monkeypatch.setattr(few_shot_training, "trainer", lambda *rest: None)
+    for inner_steps in (1, 7):
+        config = dataclasses.replace(SMOKE, inner_steps=inner_steps)
+        few_shot_training.meta_trainer(config, pools["train"], method)
+    assert [(s.rate, s.steps) for s in built] == [(rate, steps), (rate, 7)]
+    monkeypatch.setattr(study, "save", lambda *_, **values: kept.update(values))
+    study._keep(SMOKE, tmp_path, method, None, {"support statistics": {"steps": 2}})
+    assert (kept["rate"], kept["steps"], kept["test_steps"]) == (rate, steps, 2)
+
+
 def test_choice_looks_at_validation_alone():
     """Variant and steps that are best on validation are taken, whatever the test."""
     table = {
@@ -110,6 +144,9 @@ def test_new_head_keeps_the_pretrained_features(key):
     [
         ({"meta_steps": 5}, "meta_steps: 5 must be a multiple of block, 2"),
         ({"test_tasks": 6}, "test_tasks: 6 must be a multiple of validation_tasks, 4"),
+        ({"block": 0}, "block: 0 must be 1 or more"),
+        ({"validation_tasks": 0}, "validation_tasks: 0 must be 1 or more"),
+        ({"test_tasks": 0}, "test_tasks: 0 must be 1 or more"),
         (
             {"train_ways": 4},
             r"train_ways: got 4, but \['MAML', 'SimpleShot'\] may have",
@@ -117,7 +154,7 @@ def test_new_head_keeps_the_pretrained_features(key):
         ({"also": ((2, 2),)}, r"also: got \(\(2, 2\),\), but \['MAML', 'SimpleShot'\]"),
     ],
 )
-def test_options_that_do_not_divide_are_refused(tmp_path, options, message):
+def test_options_that_do_not_fit_are_refused(tmp_path, options, message):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path, **options)
     with pytest.raises(ValueError, match=message):
         study.main(config)

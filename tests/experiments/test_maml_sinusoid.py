@@ -74,6 +74,16 @@ def test_all_points_of_all_tasks_are_one_batch(key):
     assert pairs(batch) == sorted(pairs(tasks["support"]) + pairs(tasks["query"]))
 
 
+@pytest.mark.parametrize(
+    "option", ["block", "inner_steps", "validation_tasks", "test_tasks"]
+)
+def test_zero_as_an_option_is_refused(tmp_path, option):
+    config = dataclasses.replace(SMALL, run_dir=tmp_path, **{option: 0})
+    with pytest.raises(ValueError, match=f"^{option}: 0 must be 1 or more"):
+        study.main(config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_block_must_divide_the_steps(tmp_path):
     with pytest.raises(ValueError, match="meta_steps: 5 must be a multiple of block"):
         study.main(dataclasses.replace(SMALL, run_dir=tmp_path, meta_steps=5))
