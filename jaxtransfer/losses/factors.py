@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
@@ -237,7 +238,7 @@ def pearson_feature_distillation(
 
     Returns:
         Scalar, non-negative, float32 or wider; 0 if fewer than two values a channel
-        count. A channel that is constant on both sides adds 0.
+        count. A channel that is constant, but for rounding, on both sides adds 0.
 
     Raises:
         ValueError: If the shapes differ or a channel has fewer than two values.
@@ -310,9 +311,15 @@ def _same_positions(student, teacher, where):
 def _standardised(values, weights, count):
     """Channels of [batch, positions, channels] at mean 0 and unit variance."""
     axes = (0, 1)
-    mean = jnp.sum(weights * values, axis=axes) / jnp.maximum(count, 1.0)
-    centred = weights * (values - mean)
-    variances = jnp.sum(centred**2, axis=axes) / jnp.maximum(count - 1.0, 1.0)
-    some = variances > 0
+    # Summed less one of those that count, equal values have that one as their mean.
+    one = jax.lax.stop_gradient(values[jnp.argmax(weights), 0])
+    total = jnp.sum(weights * (values - one), axis=axes)
+    centred = weights * (values - (one + total / jnp.maximum(count, 1.0)))
+    squares = jnp.sum(centred**2, axis=axes)
+    # Values equal but for their own rounding, or too close to divide by twice.
+    kind = jnp.finfo(values.dtype)
+    floor = jnp.maximum(count * (4 * kind.eps * one) ** 2, np.sqrt(kind.tiny))
+    variances = squares / jnp.maximum(count - 1.0, 1.0)
+    some = squares > floor
     deviations = jnp.sqrt(jnp.where(some, variances, 1.0))
-    return centred / (jnp.where(some, deviations, 0.0) + 1e-6)
+    return centred * jnp.where(some, 1.0 / (deviations + 1e-6), 0.0)

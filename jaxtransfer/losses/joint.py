@@ -14,7 +14,7 @@ from jaxtransfer.losses.sets import (
     matrix,
     weighted_rows,
 )
-from jaxtransfer.ops.kernels import self_squared_distances
+from jaxtransfer.ops.kernels import mean_squared_distance, self_squared_distances
 from jaxtransfer.ops.order import argmax
 from jaxtransfer.ops.products import product
 from jaxtransfer.typing import AnyArray
@@ -80,7 +80,7 @@ def joint_maximum_mean_discrepancy(
         raise ValueError(
             f"bandwidth must be one a layer, {len(source_layers)}, got {len(given)}."
         )
-    kernel, alike = jnp.ones(()), jnp.ones(())
+    kernel, alike, typical = jnp.ones(()), jnp.ones(()), jnp.ones(())
     for source, target, one in zip(source_layers, target_layers, given, strict=True):
         source, u = weighted_rows("source", source, source_where, 1)
         target, v = weighted_rows("target", target, target_where, 1)
@@ -95,8 +95,12 @@ def joint_maximum_mean_discrepancy(
         ones = jnp.ones_like(kernels)
         kernel = kernel * kernel_of(self_squared_distances(rows), kernels, ones)
         alike = alike * jnp.sum(ones)
+        mean = jax.lax.stop_gradient(mean_squared_distance(rows, where=counts))
+        typical = typical * kernel_of(mean, kernels, ones)
+    # The same off every pair changes nothing but the rounding of the sums.
     of_sums, of_itself = coefficients(jnp.sum(u), jnp.sum(v), estimator)
-    return jnp.sum(of_sums * sums_of(kernel, u, v)) + of_itself * alike
+    pairs = sums_of(kernel - typical, u, v)
+    return jnp.sum(of_sums * pairs) + of_itself * (alike - typical)
 
 
 def local_maximum_mean_discrepancy(

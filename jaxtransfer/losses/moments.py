@@ -170,13 +170,13 @@ def central_moment_discrepancy(
         raise ValueError(f"bounds must be (low, high) with low < high, got {bounds}.")
     sets = _two_sets(source, target, source_where, target_where, 1)
     means, centred = zip(*(_centred(*one) for one in sets), strict=True)
-    value = root(jnp.sum((means[0] - means[1]) ** 2)) / (high - low)
+    value = _length(means[0] - means[1]) / (high - low)
     for k in range(2, moments + 1):
         of_source, of_target = (
-            _average(rows**k, weights)
+            _average((rows / (high - low)) ** k, weights)
             for rows, (_, weights) in zip(centred, sets, strict=True)
         )
-        value = value + root(jnp.sum((of_source - of_target) ** 2)) / (high - low) ** k
+        value = value + _length(of_source - of_target)
     return jnp.where(_enough(sets, 1), value, 0.0)
 
 
@@ -196,6 +196,14 @@ def _two_sets(source, target, source_where, target_where, least):
 def _enough(sets, least):
     (_, of_source), (_, of_target) = sets
     return (jnp.sum(of_source) >= least) & (jnp.sum(of_target) >= least)
+
+
+def _length(values):
+    """Euclidean norm, 0 without gradient at 0; no square of it over- or underflows."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(values), initial=0.0))
+    some = (largest >= jnp.finfo(values.dtype).tiny) & (largest < jnp.inf)
+    scale = jnp.where(some, largest, 1.0)
+    return scale * root(jnp.sum((values / scale) ** 2))
 
 
 def _average(rows, weights):

@@ -90,6 +90,22 @@ def test_joint_of_one_layer_is_the_discrepancy(float64, domains):
         np.testing.assert_allclose(joint, alone, rtol=1e-12)
 
 
+def test_joint_of_close_sets_keeps_its_digits():
+    random = np.random.default_rng(0)
+    errors = []
+    for _ in range(8):
+        source = np.float32(random.standard_normal((64, 512)))
+        target = source + np.float32(1e-2)
+        values = []
+        for x64 in (False, True):
+            with jax.enable_x64(x64):
+                dtype = jnp.float64 if x64 else jnp.float32
+                layers = [[jnp.asarray(rows, dtype)] for rows in (source, target)]
+                values.append(float(losses.joint_maximum_mean_discrepancy(*layers)))
+        errors.append(abs(values[0] / values[1] - 1))
+    assert np.mean(errors) < 4e-4, errors
+
+
 def test_local_golden(float64, domains, predictions):
     labels, _, target = predictions
     value = losses.local_maximum_mean_discrepancy(*domains, labels, target)

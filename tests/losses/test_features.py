@@ -118,6 +118,39 @@ def test_attention_of_masked_rows_is_zero_without_gradient():
     np.testing.assert_array_equal(gradient, slope.at[2].set(0.0))
 
 
+def test_pearson_of_constant_channels_is_zero():
+    loss = jax.jit(jax.value_and_grad(factors.pearson_feature_distillation))
+    for shape in ((8, 4, 4, 1), (8, 4, 4, 3), (64, 16, 16, 8)):
+        value, gradient = loss(jnp.full(shape, 100.1), jnp.full(shape, 1000.1))
+        assert value == 0.0 and not np.any(gradient)
+        rounding = 1e-5 * np.sign(det(shape, 33))
+        value, gradient = loss(100.1 + rounding, jnp.full(shape, 1000.1))
+        assert value == 0.0 and not np.any(gradient)
+
+
+def test_pearson_of_constant_channels_under_a_mask():
+    maps, where = jnp.full((4, 3, 2), 100.1), jnp.array([False, True, True, False])
+    loss = factors.pearson_feature_distillation
+    assert loss(maps.at[0].set(7.0), 10.0 * maps, where=where) == 0.0
+
+
+def test_pearson_of_a_constant_channel_beside_others():
+    student, teacher = (maps[..., :3].astype(np.float32) + 33.3 for maps in PAIR)
+    student[..., 1], teacher[..., 1:] = 100.1, 1000.1
+
+    def run(dtype):
+        with jax.enable_x64(dtype == "float64"):
+            return jax.jit(jax.value_and_grad(factors.pearson_feature_distillation))(
+                jnp.asarray(student, dtype), jnp.asarray(teacher, dtype)
+            )
+
+    got, exact = run("float32"), run("float64")
+    np.testing.assert_allclose(got[0], exact[0], rtol=1e-5)
+    # Of a constant channel every change is up, without limit but for epsilon.
+    got, exact = (np.delete(gradient, 1, axis=-1) for _, gradient in (got, exact))
+    np.testing.assert_allclose(got, exact, atol=1e-5 * np.abs(exact).max())
+
+
 @pytest.mark.parametrize(
     ("scale", "bias", "golden"),
     [

@@ -119,6 +119,25 @@ def test_central_moment_discrepancy_equals_its_definition(
     np.testing.assert_allclose(value, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("scale", "bounds"),
+    [(1e4, (0.0, 1.0)), (1e7, (0.0, 1.0)), (1e12, (-1e12, 1e12)), (1e-25, (0.0, 1.0))],
+)
+def test_central_moment_discrepancy_of_large_features(domains, scale, bounds):
+    def run(dtype):
+        with jax.enable_x64(dtype == "float64"):
+            result = jax.value_and_grad(moments.central_moment_discrepancy)(
+                *(jnp.asarray(np.float32(scale * rows), dtype) for rows in domains),
+                bounds=bounds,
+            )
+            return [np.asarray(leaf, np.float64) for leaf in result]
+
+    (value, gradient), (exact, slope) = run("float32"), run("float64")
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    largest = np.abs(slope).max()
+    np.testing.assert_allclose(gradient / largest, slope / largest, atol=1e-5)
+
+
 def test_central_moment_discrepancy_scales_with_its_bounds(float64, domains):
     source, target = domains
     unit = moments.central_moment_discrepancy(source, target)

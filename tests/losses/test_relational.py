@@ -116,6 +116,67 @@ def test_golden(float64, name):
             np.testing.assert_allclose(size, length, rtol=tolerance)
 
 
+def _at(dtype, loss, *arrays, **masks):
+    """The value and the gradient, of float32 inputs as numbers of a dtype."""
+    with jax.enable_x64(dtype == "float64"):
+        given = (jnp.asarray(np.float32(array), dtype) for array in arrays)
+        value, gradient = jax.jit(jax.value_and_grad(loss))(*given, **masks)
+        return np.asarray(value), np.asarray(gradient)
+
+
+def _assert_as_exact(got, exact, rtol, of_gradient):
+    np.testing.assert_allclose(got[0], exact[0], rtol=rtol, atol=1e-7)
+    largest = np.abs(exact[1]).max()
+    np.testing.assert_allclose(got[1], exact[1], atol=of_gradient * largest)
+
+
+BY_PAIRS = [relational.relational_distance, relational.relational_angle]
+
+
+@pytest.mark.parametrize("loss", BY_PAIRS)
+@pytest.mark.parametrize("bias", [0.0, 5.0])
+def test_equal_rows_in_float32(loss, bias):
+    clusters = np.repeat(det((4, 512), 31, 2.0), 16, axis=0) + bias
+    rows = det((64, 96), 32)
+    for pair in ((clusters, rows), (rows, clusters), (clusters, clusters[::-1, :300])):
+        got, exact = (_at(dtype, loss, *pair) for dtype in ("float32", "float64"))
+        _assert_as_exact(got, exact, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("loss", BY_PAIRS)
+def test_nearly_equal_rows_in_float32(loss):
+    clusters = np.repeat(det((4, 512), 31, 2.0), 16, axis=0)
+    rows = det((64, 96), 32)
+    noise = det((64, 512), 33, 2.0)
+    # Distances of 0.3% of those from the mean: just told apart, to a few digits.
+    near = clusters + 2e-3 * noise
+    got, exact = (_at(dtype, loss, near, rows) for dtype in ("float32", "float64"))
+    _assert_as_exact(got, exact, 2e-3, 0.2)
+    # Nearer ones are equal: of the clusters' value, and still.
+    near = clusters + 5e-4 * noise
+    value, gradient = _at("float32", loss, near, rows)
+    exact, direction = _at("float64", loss, clusters, rows)
+    np.testing.assert_allclose(value, exact, rtol=2e-3)
+    np.testing.assert_allclose(gradient, direction, atol=2e-2 * abs(direction).max())
+
+
+@pytest.mark.parametrize("loss", BY_PAIRS)
+@pytest.mark.parametrize("scale", [1e-9, 1e15])
+def test_relations_do_not_depend_on_the_scale(loss, scale):
+    value, gradient = _at("float32", loss, STUDENT, TEACHER)
+    scaled, slope = _at("float32", loss, scale * STUDENT, TEACHER)
+    _assert_as_exact((scaled, slope * np.float64(scale)), (value, gradient), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("loss", BY_PAIRS)
+def test_rows_far_from_zero_beside_masked_ones(loss):
+    student, teacher = STUDENT + 3000.0, TEACHER + 3000.0
+    where = np.arange(8) % 2 == 0
+    value, gradient = _at("float32", loss, student, teacher, where=where)
+    exact, slope = _at("float64", loss, student[where], teacher[where])
+    _assert_as_exact((value, gradient[where]), (exact, slope), 1e-5, 1e-5)
+
+
 def test_a_weight_of_zero_leaves_its_part_out():
     pair = jnp.asarray(STUDENT, jnp.float32), jnp.asarray(TEACHER, jnp.float32)
     both = relational.relational_knowledge_distillation
