@@ -628,8 +628,8 @@ def test_no_cache(tmp_path):
 
 def test_another_version(copied):
     manifest = cache_files.read_manifest(copied)
-    cache_files.write_manifest(copied, {**manifest, "version": 2})
-    with pytest.raises(ValueError, match="version 2, this library reads version 1"):
+    cache_files.write_manifest(copied, {**manifest, "version": 1})
+    with pytest.raises(ValueError, match="version 1, this library reads version 2"):
         open_(copied)
 
 
