@@ -226,10 +226,22 @@ def _cosine(s: Setting) -> meta.Learner:
     )
 
 
-def _multi_step(learner: meta.Learner, setting: Setting, updates: int) -> Objective:
-    """Losses after every step in the first tenth of the run, as in MAML++."""
+def _plus(**options: Any) -> Build:
+    """MAML++: rates for each layer and step, scales and offsets for each step."""
+    return _with(meta.per_layer_per_step, per_step=".*/norm", **options)
+
+
+def _annealed(learner: meta.Learner, setting: Setting, updates: int) -> Objective:
+    """Of first order in the first third of the run, as in MAML++.
+
+    And the losses after every step in its first tenth.
+    """
     weights = meta.multi_step_weights(setting.steps, max(updates // 10, 1))
-    return meta.objective(learner, step_weights=weights)
+    first, second = (
+        meta.objective(each, step_weights=weights)
+        for each in (_plus(first_order=True)(setting), learner)
+    )
+    return meta.stages((max(updates // 3, 1), first), (None, second))
 
 
 def _reptile_sgd(schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -252,8 +264,8 @@ RECIPES = {
     "BOIL": _meta_learned(_descend(rules="features")),
     "Meta-SGD": _meta_learned(_with(meta.meta_sgd), no_rate="it learned its rates"),
     "MAML++": _meta_learned(
-        _with(meta.per_layer_per_step, per_step=".*/norm"),
-        objective=_multi_step,
+        _plus(),
+        objective=_annealed,
         steps=3,
         no_rate="it learned its rates",
     ),

@@ -1,6 +1,7 @@
 """Small reference networks."""
 
 from jaxtransfer.nets.context import ConcatenatedContext, Context
+from jaxtransfer.nets.folding import FoldedBatchNorm
 from jaxtransfer.nets.layers import NNXPatchConv, PatchConv
 from jaxtransfer.nets.mobilenet import MobileNetV2
 from jaxtransfer.nets.normalization import NNXStochNorm, StochNorm
@@ -17,6 +18,7 @@ __all__ = [
     "Context",
     "Conv4",
     "Critic",
+    "FoldedBatchNorm",
     "ImageNetResNet",
     "LeNet",
     "MLP",

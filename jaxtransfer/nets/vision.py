@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer.nets.context import ConcatenatedContext, Context
+from jaxtransfer.nets.folding import FoldedBatchNorm, folding_pays
 from jaxtransfer.nets.layers import PatchConv
 from jaxtransfer.nets.task_norm import TaskNorm
 from jaxtransfer.ops import max_pool
@@ -192,10 +193,19 @@ class _Conv4Block(nn.Module):
     @nn.compact
     def __call__(self, inputs: AnyArray, train: bool = False) -> jax.Array:
         strides = (2, 2) if self.strided else (1, 1)
-        x = self.conv(self.filters, (3, 3), strides=strides, name="conv")(inputs)
-        x = _normalized(self.norm, x, train)
+        conv = self.conv(self.filters, (3, 3), strides=strides, name="conv")
+        if self._folds(inputs):
+            if self.is_initializing() or self.is_mutable_collection("intermediates"):
+                conv(inputs)  # makes the parameters, or is tapped
+            x = FoldedBatchNorm(not train, momentum=0.0, name="norm")(inputs, conv)
+        else:
+            x = _normalized(self.norm, conv(inputs), train)
         x = nn.relu(x)
         return x if self.strided else max_pool(x)
+
+    def _folds(self, inputs: AnyArray) -> bool:
+        patches = self.conv is PatchConv
+        return self.norm == "batch" and patches and folding_pays(inputs, (3, 3))
 
 
 class _Conv4Features(nn.Module):

@@ -8,7 +8,7 @@ from jaxtransfer.ops.kernels import (
     squared_distances,
 )
 from jaxtransfer.ops.pairwise import gaussian_kernel_sum
-from jaxtransfer.ops.patches import conv, max_pool
+from jaxtransfer.ops.patches import conv, extract_patches, max_pool
 from jaxtransfer.ops.pooling import adaptive_average_pool
 from jaxtransfer.ops.products import gram, product
 from jaxtransfer.ops.ramps import cosine, dann, linear, progress
@@ -27,6 +27,7 @@ __all__ = [
     "conv",
     "cosine",
     "dann",
+    "extract_patches",
     "fourier_sums",
     "gaussian_kernel_sum",
     "gradient_reversal",

@@ -65,16 +65,7 @@ def conv(
             f"inputs have {inputs.shape[-1]} channels (shape {inputs.shape}), kernel "
             f"expects {channels} (shape {kernel.shape}); inputs are channels last."
         )
-    strides = _per_axis(strides, rank, "strides")
-    lead = inputs.ndim - rank - 1
-    pads = _pads(padding, inputs.shape[lead:-1], window, strides)
-    inputs = jnp.pad(inputs, [(0, 0)] * lead + pads + [(0, 0)])
-    spatial = inputs.shape[lead:-1]
-    sizes = [(s - w) // t + 1 for s, w, t in zip(spatial, window, strides, strict=True)]
-    if min(sizes) < 1:
-        raise ValueError(
-            f"the window {tuple(window)} is larger than the padded inputs {spatial}."
-        )
+    inputs, strides, sizes = _padded(inputs, window, strides, padding)
     if algorithm not in ("auto", "patches", "winograd"):
         raise ValueError(
             f'algorithm must be "auto", "patches" or "winograd", got {algorithm!r}.'
@@ -90,6 +81,67 @@ def conv(
     if algorithm == "winograd" or (algorithm == "auto" and wins):
         return winograd_conv(inputs, kernel, precision=precision)
 
+    columns = _columns(inputs, window, strides, sizes)
+    weights = kernel.reshape(math.prod(window) * channels, features)
+    return jnp.matmul(columns, weights, precision=precision)
+
+
+def extract_patches(
+    inputs: Float[Array, "... channels"],
+    window: Sequence[int],
+    *,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+) -> Float[Array, "... columns"]:
+    """All patches of a window, whose product with a kernel is its convolution.
+
+    Args:
+        inputs: [..., *spatial, channels].
+        window: Size of the window per spatial axis.
+        strides: Step of the window, one for all or one per spatial axis.
+        padding: "SAME", "VALID", one width, or a width or (before, after) per axis.
+
+    Returns:
+        [..., *spatial, columns]: the values under the window, row by row, channels
+        last, as ``kernel.reshape(columns, features)`` has them.
+
+    Raises:
+        ValueError: If ranks do not match, the window does not fit, or the padding is
+            unknown.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> extract_patches(jnp.ones((1, 4, 4, 3)), (3, 3), strides=2).shape
+        (1, 2, 2, 27)
+    """
+    if not window or inputs.ndim < len(window) + 1:
+        raise ValueError(
+            "inputs must be [..., *spatial, channels], got shape "
+            f"{inputs.shape} for a window of {tuple(window)}."
+        )
+    inputs, strides, sizes = _padded(inputs, window, strides, padding)
+    return _columns(inputs, window, strides, sizes)
+
+
+def _padded(inputs, window, strides, padding):
+    """Padded inputs, the step per axis, and how many windows fit along each."""
+    rank = len(window)
+    strides = _per_axis(strides, rank, "strides")
+    lead = inputs.ndim - rank - 1
+    pads = _pads(padding, inputs.shape[lead:-1], window, strides)
+    inputs = jnp.pad(inputs, [(0, 0)] * lead + pads + [(0, 0)])
+    spatial = inputs.shape[lead:-1]
+    sizes = [(s - w) // t + 1 for s, w, t in zip(spatial, window, strides, strict=True)]
+    if min(sizes) < 1:
+        raise ValueError(
+            f"the window {tuple(window)} is larger than the padded inputs {spatial}."
+        )
+    return inputs, strides, sizes
+
+
+def _columns(inputs, window, strides, sizes):
+    """The values under every window, of inputs that are padded."""
+
     def shifted(offsets):
         index = tuple(
             slice(o, o + (n - 1) * t + 1, t)
@@ -98,9 +150,7 @@ def conv(
         return inputs[(..., *index, slice(None))]
 
     patches = [shifted(o) for o in itertools.product(*map(range, window))]
-    columns = patches[0] if len(patches) == 1 else jnp.concatenate(patches, axis=-1)
-    weights = kernel.reshape(math.prod(window) * channels, features)
-    return jnp.matmul(columns, weights, precision=precision)
+    return patches[0] if len(patches) == 1 else jnp.concatenate(patches, axis=-1)
 
 
 def max_pool(

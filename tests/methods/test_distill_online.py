@@ -1,14 +1,12 @@
-"""Students that learn together, and stages of an objective."""
+"""Students that learn together."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxtransfer import losses
 from jaxtransfer.methods import distill
-from jaxtransfer.train import init_state, train_step
 from jaxtransfer.train.metrics import finalize, promote
 from jaxtransfer.typing import Variables
 from tests.twins import jitted, network, same
@@ -86,58 +84,3 @@ def test_without_labels_the_peers_are_all():
 def test_one_student_is_no_cohort():
     with pytest.raises(ValueError, match="students: got 1; a cohort has 2 or more"):
         distill.init_cohort(KEY, MODEL, X, students=1)
-
-
-# --- stages ---------------------------------------------------------------------------
-
-
-def toward(target, name):
-    def objective(params, frozen, model_state, batch, key):
-        distance = jnp.sum((params["w"] - target) ** 2) / 2
-        return distance, (model_state, {name: distance})
-
-    return objective
-
-
-def test_stages_follow_one_another():
-    both = distill.stages((4, toward(0.0, "first")), (None, toward(1.0, "second")))
-    sgd = optax.sgd(1.0)
-    begun = distill.counted(Variables({"w": jnp.array(5.0)}))
-    step = jax.jit(train_step(both, sgd))
-    state, seen = init_state(KEY, begun, sgd), []
-    for _ in range(6):
-        state, measured = step(state, {})
-        seen.append((float(state.params["w"]), finalize(measured)))
-    assert [w for w, _ in seen] == [0.0] * 4 + [1.0] * 2
-    assert np.isnan(seen[0][1]["second"]) and seen[0][1]["first"] == 12.5
-    assert np.isnan(seen[4][1]["first"]) and seen[4][1]["second"] == 0.5
-    assert int(state.model_state["updates"]) == 6
-
-
-def test_a_stage_that_counts_itself_is_counted_once():
-    student = network("linen", widths=(4,))
-    terms = {
-        "own": distill.Term(
-            loss=losses.hint, of="student", weight=optax.constant_schedule(1.0)
-        )
-    }
-    begun = distill.start(
-        KEY, student, None, terms, student_variables=student.init(KEY, X), inputs=X
-    )
-    objective = distill.objective(student, terms=terms)
-    both = distill.stages((1, objective), (None, objective))
-    _, (state, _) = jax.jit(both)(begun.params, {}, begun.model_state, BATCH, KEY)
-    assert int(state["updates"]) == 1
-
-
-@pytest.mark.parametrize("lengths", [(), (None, None), (0, None), (-1,)])
-def test_stages_that_can_not_follow_are_refused(lengths):
-    parts = [(length, toward(0.0, "w")) for length in lengths]
-    with pytest.raises(ValueError, match="stages: got lengths"):
-        distill.stages(*parts)
-
-
-def test_stages_without_a_count_are_refused():
-    both = distill.stages((1, toward(0.0, "a")), (None, toward(1.0, "b")))
-    with pytest.raises(ValueError, match=r"start from distill.counted\(variables\)"):
-        both({"w": jnp.zeros(())}, {}, {}, {}, KEY)

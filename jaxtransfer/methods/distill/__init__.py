@@ -7,6 +7,7 @@ memories, a count of updates for schedules.
 """
 
 from jaxtransfer.methods._counting import counted as counted
+from jaxtransfer.methods._stages import stages as stages
 from jaxtransfer.methods.distill.augmentation import Augmentation as Augmentation
 from jaxtransfer.methods.distill.augmentation import variant_key as variant_key
 from jaxtransfer.methods.distill.bridges import match as match
@@ -31,7 +32,6 @@ from jaxtransfer.methods.distill.objective import objective as objective
 from jaxtransfer.methods.distill.online import init_cohort as init_cohort
 from jaxtransfer.methods.distill.online import mutual_objective as mutual_objective
 from jaxtransfer.methods.distill.online import of_cohort as of_cohort
-from jaxtransfer.methods.distill.online import stages as stages
 from jaxtransfer.methods.distill.review import fusion as fusion
 from jaxtransfer.methods.distill.review import review as review
 from jaxtransfer.methods.distill.sequences import on_policy as on_policy

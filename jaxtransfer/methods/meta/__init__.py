@@ -7,6 +7,7 @@ A :class:`Learner` adapts to a task; :func:`objective` is what is minimised over
 """
 
 from jaxtransfer.methods._counting import counted as counted
+from jaxtransfer.methods._stages import stages as stages
 from jaxtransfer.methods.meta.baselines import cosine_head as cosine_head
 from jaxtransfer.methods.meta.baselines import fine_tuning as fine_tuning
 from jaxtransfer.methods.meta.baselines import nearest_neighbors as nearest_neighbors
