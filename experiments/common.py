@@ -117,7 +117,7 @@ def keep(folder: Path, file: str, **values: Any) -> None:
         file: its name, ``"values.jsonl"``.
         values: what is kept.
     """
-    with (folder / file).open("a") as lines:
+    with (folder / file).open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
@@ -133,11 +133,11 @@ def kept(
         free: names of options that may differ, beside those of the places of files.
 
     Returns:
-        The lines, in the order of the folders.
+        The lines, in the order of the folders; a last one that was cut off is left out.
 
     Raises:
         FileNotFoundError: a folder is not that of a run.
-        ValueError: it had other options.
+        ValueError: it had other options, or a line is damaged.
     """
     own = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     free = {"run_dir", "data_dir", "earlier", *free}
@@ -156,8 +156,25 @@ def kept(
                     f"earlier: {folder} was run with {name} = {before[name]}, this run "
                     f"has {own[name]}; give the same options, or leave it out"
                 )
-        lines += map(json.loads, (folder / file).read_text().splitlines())
+        lines += _whole_lines(folder / file)
     return lines
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of :func:`keep`, without a last one that a kill cut off."""
+    lines = path.read_bytes().split(b"\n")  # not splitlines: a value may hold U+2028
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):  # it lacks its end, or is what follows the end
+                break
+            raise ValueError(
+                f"earlier: line {number} of {path} is damaged ({error}); remove the "
+                "line to train that again, or leave the folder out"
+            ) from error
+    return found
 
 
 def _commit() -> str | None:

@@ -220,11 +220,23 @@ def jit_step(step: Step, mesh: Mesh | None = None, *, donate: bool = True) -> St
     return call
 
 
+def _check_axis(step: Step, axis_name: str) -> None:
+    """Refuse a step of `train_step` that reduces over no or another axis."""
+    made = getattr(step, "axis_name", axis_name)
+    if made != axis_name:
+        raise ValueError(
+            f"step: was made with axis_name={made!r}, so devices of the axis "
+            f"{axis_name!r} would each learn from their own rows alone; build the step "
+            f"with train_step(..., axis_name={axis_name!r})"
+        )
+
+
 def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
     """Compile a per-device step with ``shard_map``.
 
     Args:
-        step: pure step made with ``axis_name``.
+        step: pure step, from :func:`~jaxtransfer.train.train_step` with ``axis_name``
+            or one of your own that reduces over it.
         mesh: one-dimensional mesh that has the axis.
         axis_name: the axis.
 
@@ -232,12 +244,14 @@ def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
         The compiled step; takes the global batch, as :func:`jit_step` does.
 
     Raises:
-        ValueError: the mesh lacks the axis; (at a call) the batch can't be split.
+        ValueError: the mesh lacks the axis; the step was made without it; (at a call)
+            the batch can't be split.
     """
     if axis_name not in mesh.axis_names:
         raise ValueError(
             f"axis_name {axis_name!r} is not an axis of the mesh, {mesh.axis_names}"
         )
+    _check_axis(step, axis_name)
     mapped = jax.shard_map(
         step, mesh=mesh, in_specs=(P(), P(axis_name)), out_specs=(P(), P())
     )
@@ -253,7 +267,8 @@ def pmap_step(step: Step, axis_name: str = "data") -> Step:
     """Compile a per-device step with ``jax.pmap`` over this host's devices.
 
     Args:
-        step: pure step made with ``axis_name``.
+        step: pure step, from :func:`~jaxtransfer.train.train_step` with ``axis_name``
+            or one of your own that reduces over it.
         axis_name: the axis.
 
     Returns:
@@ -261,8 +276,10 @@ def pmap_step(step: Step, axis_name: str = "data") -> Step:
         not stacked, the batch is split along its first axis.
 
     Raises:
-        ValueError: (at a call) the batch can't be split over the devices.
+        ValueError: the step was made without the axis; (at a call) the batch can't be
+            split over the devices.
     """
+    _check_axis(step, axis_name)
     compiled = jax.pmap(
         step, axis_name=axis_name, in_axes=(None, 0), out_axes=(None, None)
     )

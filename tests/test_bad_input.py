@@ -196,7 +196,7 @@ def test_a_nan_in_the_data_is_seen_in_the_metrics(net):
     assert np.isnan(final["loss"]) and np.isnan(final["gradient_norm"])
 
 
-@pytest.mark.parametrize("label", [2])
+@pytest.mark.parametrize("label", [2, -1, 99])
 def test_a_row_that_does_not_count_may_hold_anything_finite(net, label):
     model, start = net
     batch = {

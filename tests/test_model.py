@@ -372,6 +372,22 @@ def test_every_way_of_telling_a_module_to_train(mode):
         assert same(kept, variables.model_state), f"held={held} moved statistics"
 
 
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("nnx")])
+def test_nnx_asks_for_a_key_where_it_draws(mode):
+    """As Linen does; not in evaluation, and not for what is held or has rate 0."""
+    net = MODES[mode]()
+    variables = net.init(jax.random.key(0), X)
+
+    def shapes(**options):
+        return jax.eval_shape(lambda: net.apply(variables, X, **options)[0]).shape
+
+    for taps in ((), ("part",)):
+        with pytest.raises(ValueError, match="key: the network draws random numbers"):
+            shapes(train=True, taps=taps)
+    assert shapes() == shapes(train=True, held=("part",)) == (16, 2)
+    assert shapes(train=True, key=jax.random.key(0)) == (16, 2)
+
+
 # --- inputs, nesting, transformations -------------------------------------------------
 
 
@@ -551,6 +567,16 @@ def test_taps_of_a_head_that_do_not_exist(headed):
             model.apply(variables, X, taps=(tap,))
     with pytest.raises(ValueError, match="'nothing' names no module"):
         with_head(*headed[:2], tap="nothing").init(jax.random.key(0), X)
+
+
+def test_a_part_that_holds_nothing_may_be_missing():
+    """As after splitting the parameters and combining them."""
+    model = with_head(network("linen"), from_linen(nn.Sequential([jnp.tanh])))
+    variables = model.init(jax.random.key(0), X)
+    assert variables.params["head"] == {}
+    params = tree.combine(*tree.partition(variables.params, "backbone/head"))
+    output = model.apply(Variables(params), X)[0]
+    assert same(output, model.apply(variables, X)[0])
 
 
 def test_a_head_without_a_tap_reads_the_output():

@@ -16,7 +16,7 @@ from jaxtransfer import losses, nets, parallel
 from jaxtransfer.methods import adapt, distill, features, finetune, meta
 from jaxtransfer.methods.meta import chunks
 from jaxtransfer.model import from_linen
-from jaxtransfer.train import eval_step, init_state, metrics, train_step
+from jaxtransfer.train import alternate, eval_step, init_state, metrics, train_step
 from tests.twins import jitted, network
 
 ROWS, TASKS = 16, 16
@@ -349,9 +349,10 @@ def test_dropout_over_a_mesh_is_that_of_one_device_and_per_device_under_pmap(mes
 # --- the wrappers ---------------------------------------------------------------------
 
 
-def small():
+def small(axis_name=None):
     net, start = made("linen")
-    return train_step(finetune.objective(net), OUTER), init_state(KEY, start, OUTER)
+    step = train_step(finetune.objective(net), OUTER, axis_name=axis_name)
+    return step, init_state(KEY, start, OUTER)
 
 
 def test_many_steps_over_a_mesh_are_many_steps_on_one_device(mesh):
@@ -415,16 +416,49 @@ def test_measuring_over_a_mesh(mesh):
 
 @pytest.mark.parametrize("way", ["mesh", "pmap", "shard_map"])
 def test_a_batch_that_cannot_be_split_is_refused(way, mesh):
-    step, state = small()
+    (step, state), (own, _) = small(), small(axis_name="data")
     run = {
         "mesh": lambda: parallel.jit_step(step, mesh),
-        "pmap": lambda: parallel.pmap_step(step),
-        "shard_map": lambda: parallel.shard_map_step(step, mesh),
+        "pmap": lambda: parallel.pmap_step(own),
+        "shard_map": lambda: parallel.shard_map_step(own, mesh),
     }[way]()
     with pytest.raises(
         ValueError, match=r"batch\['inputs'\].*\(12, 6\).*multiple of 8"
     ):
         run(state, rows(1, 12))
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "alternate"])
+@pytest.mark.parametrize("axis_name", [None, "model"])
+def test_a_step_that_would_not_be_averaged_is_refused(axis_name, several, mesh):
+    step, _ = small(axis_name)
+    step = alternate(a=step, b=step) if several else step
+    wraps = parallel.pmap_step, lambda step: parallel.shard_map_step(step, mesh)
+    for wrap in wraps:
+        with pytest.raises(ValueError, match=r"step: .*train_step\(.*axis_name='data'"):
+            wrap(step)
+        wrap(functools.partial(step))  # of one's own: who knows what it reduces
+
+
+def test_players_of_different_axes_are_refused():
+    one, other = small()[0], small("data")[0]
+    with pytest.raises(
+        ValueError, match="differ in axis_name, .*'a': None, 'b': 'data'"
+    ):
+        alternate(a=one, b=other)
+    assert alternate(b=other, c=functools.partial(one)).axis_name == "data"
+
+
+def test_rows_that_do_not_count_are_refused_by_devices_of_their_own(mesh):
+    """Each would take the mean of its own: here the last two have none."""
+    batch = {**rows(1), "where": jnp.arange(ROWS) < 11}
+    (step, state), (own, _) = small(), small("data")
+    expected, _ = parallel.jit_step(step, donate=False)(state, batch)
+    over, _ = parallel.jit_step(step, mesh, donate=False)(state, batch)
+    close(over.params, expected.params)
+    for run in (parallel.pmap_step(own), parallel.shard_map_step(own, mesh)):
+        with pytest.raises(ValueError, match="batch: got 'where'.*parallel.jit_step"):
+            run(state, batch)
 
 
 def test_a_mesh_without_the_axis_is_refused(mesh):

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jax import export
 
-from jaxtransfer import pretrained, tree
+from jaxtransfer import pretrained
+from jaxtransfer.pretrained import loading
 from jaxtransfer.typing import Inputs, Model, Output, Variables
 
 
@@ -87,18 +88,14 @@ def export_student(
         place / "weights.safetensors",
         place / "README.md",
     )
-    names = pretrained.flax()
-    weights = {
-        f"{collection}/{path}": leaf
-        for collection, part in {
-            "params": variables.params,
-            **variables.model_state,
-        }.items()
-        for path, leaf in tree.flatten(part).items()
-    }
+    naming = pretrained.flax()
+    leaves = loading.leaves_of(variables)
+    names = {path: naming(leaf).names[0] for path, (leaf, _) in leaves.items()}
+    weights = {names[path]: value for path, (_, value) in leaves.items()}
 
     def network(weights: Mapping[str, Any], inputs: Inputs) -> Output:
-        return model.apply(_variables(weights), inputs)[0]
+        values = {path: weights[name] for path, name in names.items()}
+        return model.apply(loading.filled(variables, values), inputs)[0]
 
     def student(inputs: Inputs) -> Output:
         return network(weights, inputs)
@@ -125,14 +122,9 @@ def export_student(
     place.mkdir(parents=True, exist_ok=True)
     for file, program in zip(files[:2], programs, strict=True):
         file.write_bytes(program.serialize())
-    pretrained.save(files.weights, variables, names=names)
+    pretrained.save(files.weights, variables, names=naming)
     files.readme.write_text(_readme(programs[0], platforms), encoding="utf-8")
     return files
-
-
-def _variables(weights: Mapping[str, Any]) -> Variables:
-    collections = dict(tree.unflatten(weights))
-    return Variables(collections.pop("params"), collections)
 
 
 def _readme(student: export.Exported, platforms: tuple[str, ...]) -> str:

@@ -29,7 +29,8 @@ def as_arrays(
     Args:
         source: images of `load`.
         size: height and width of the result in pixels (antialiased); None keeps them.
-        channels: 1 (luma 0.299 R + 0.587 G + 0.114 B) or 3 (grey repeated); None keeps.
+        channels: 1 (luma 0.299 R + 0.587 G + 0.114 B) or 3 (grey repeated), of images
+            of 1 or 3; None keeps.
         invert: return `1 - x`.
         threads: workers that decode and resize.
 
@@ -62,6 +63,12 @@ def as_arrays(
                     f"as_arrays takes images [height, width, channels]; example "
                     f"{start + offset} of {source.name!r} has inputs "
                     f"{None if image is None else image.shape}"
+                )
+            if channels is not None and image.shape[-1] not in (1, 3):
+                raise ValueError(
+                    f"channels={channels} can't be had: example {start + offset} of "
+                    f"{source.name!r} has {image.shape[-1]} channels, not 1 or 3; give "
+                    "None to keep them, and convert them yourself"
                 )
             example["inputs"] = _fit(image, size, channels)
         return examples

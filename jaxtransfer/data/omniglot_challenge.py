@@ -13,6 +13,7 @@ import io
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def challenge_runs(
     try:
         with zipfile.ZipFile(path) as archive:
             images, answers = _read(archive)
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or not the release of the 20 runs ({error}); get it "
             "again"

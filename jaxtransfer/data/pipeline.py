@@ -32,8 +32,8 @@ def batches(
     of the position alone: the same seed gives the same batches, and an iterator that
     was set to a saved state goes on as the one that saved it. Each epoch has an order
     of its own; with `repeat`, batches run across its end and nothing is dropped. All
-    shards of one seed together see every example of an epoch once (up to the
-    remainder of n / count, which differs from epoch to epoch).
+    shards of one seed together see every example of an epoch once, up to the remainder
+    of n / count: others in each epoch, or always the last ones without `shuffle`.
 
     Args:
         data: a `Source`, or arrays `[n, ...]` by name.

@@ -96,6 +96,10 @@ def _generate(builder_class: Any, data_dir: pathlib.Path, folder: pathlib.Path) 
                 manual_dir=folder, try_download_gcs=False
             )
         )
+    except FileNotFoundError as error:  # of the release: one of its other files
+        raise PrepareError(
+            f"{error}. {builder_class.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        ) from error
     except OSError as error:
         raise PrepareError(f"can't write to {data_dir}: {error}") from error
     except ValueError as error:

@@ -53,8 +53,9 @@ def domain_adversarial(
 
     Reference:
         Ganin et al., "Domain-Adversarial Training of Neural Networks", JMLR 17, 2016,
-        eq. 7. Deviation: the paper numbers source 0 and target 1, which only flips the
-        sign of the critic's logits. Weights: Long et al., "Conditional Adversarial
+        eq. 7. Deviations: half of the paper's sum, as in TLlib, so that a weight of 1
+        here is 1/2 there; the paper numbers source 0 and target 1, which only flips
+        the sign of the critic's logits. Weights: Long et al., "Conditional Adversarial
         Domain Adaptation", NeurIPS 2018, sec. 3. Deviation: weights are constants, as
         in TLlib; the authors' code reverses a gradient through the entropy too.
     """
@@ -305,7 +306,7 @@ def entropy_weights(
     target_logits: Float[AnyArray, "m classes"],
     *,
     normalization: Literal["per_domain", "joint"] = "per_domain",
-    epsilon: float = 0.0,
+    epsilon: float | Float[AnyArray, ""] = 0.0,
     source_where: Bool[AnyArray, " n"] | None = None,
     target_where: Bool[AnyArray, " m"] | None = None,
 ) -> tuple[Float[Array, " n"], Float[Array, " m"]]:
@@ -345,7 +346,8 @@ def entropy_weights(
         raise ValueError(
             f'normalization must be "per_domain" or "joint", got {normalization!r}.'
         )
-    if not isinstance(epsilon, Tracer) and not epsilon >= 0:
+    traced = isinstance(epsilon, Tracer)
+    if not traced and not epsilon >= 0:
         raise ValueError(f"epsilon must not be negative, got {epsilon}.")
     weights = []
     for name, logits, where in (
@@ -361,7 +363,8 @@ def entropy_weights(
         where = check_mask(f"{name}_where", where, logits.shape[:1])
         logits = jnp.where(where[:, None], logits, 0.0)
         of_log = jax.nn.log_softmax(logits)
-        shifted = of_log if epsilon == 0 else jnp.log(jnp.exp(of_log) + epsilon)
+        exact = not traced and epsilon == 0
+        shifted = of_log if exact else jnp.log(jnp.exp(of_log) + epsilon)
         entropy = -jnp.sum(jnp.exp(of_log) * shifted, axis=1)
         weights.append((jnp.where(where, 1.0 + jnp.exp(-entropy), 0.0), where))
     if normalization == "joint":

@@ -178,9 +178,10 @@ def minimum_class_confusion(
     weights = weights * count / jnp.where(total > 0, total, 1.0)
     confusion = gram((jnp.sqrt(weights)[:, None] * p).T)
     sums = jnp.sum(confusion, axis=1)
-    off = confusion * (1.0 - jnp.eye(len(sums), dtype=p.dtype))
-    shares = jnp.sum(off, axis=1) / jnp.where(sums > 0, sums, 1.0)
-    return jnp.mean(shares)
+    off = jnp.sum(confusion * (1.0 - jnp.eye(len(sums), dtype=p.dtype)), axis=1)
+    # Near 1 before they are divided: the square of a tiny sum, in the derivative, is 0.
+    size = jax.lax.stop_gradient(jnp.where(sums > 0, sums, 1.0))
+    return jnp.mean((off / size) / jnp.where(sums > 0, sums / size, 1.0))
 
 
 def pseudo_label(

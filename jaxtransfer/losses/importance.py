@@ -291,7 +291,8 @@ def _labels(labels, where, count, classes):
     if labels.shape != (count,):
         raise ValueError(f"labels must be [{count}] as inputs, got {labels.shape}.")
     outside = where & ((labels < 0) | (labels >= classes))
-    if not isinstance(outside, Tracer) and outside.any():
+    seen = not isinstance(outside, Tracer) and outside.is_fully_addressable
+    if seen and outside.any():
         raise ValueError(
             f"labels must be in [0, {classes}), got {labels[outside].tolist()[:5]}."
         )

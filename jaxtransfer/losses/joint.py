@@ -81,15 +81,16 @@ def joint_maximum_mean_discrepancy(
             f"bandwidth must be one a layer, {len(source_layers)}, got {len(given)}."
         )
     kernel, alike, typical = jnp.ones(()), jnp.ones(()), jnp.ones(())
+    first = len(source_layers[0]), len(target_layers[0])
     for source, target, one in zip(source_layers, target_layers, given, strict=True):
         source, u = weighted_rows("source", source, source_where, 1)
         target, v = weighted_rows("target", target, target_where, 1)
         check_widths(source, target)
         rows, counts = jnp.concatenate([source, target]), jnp.concatenate([u, v])
-        if jnp.ndim(kernel) and len(kernel) != len(rows):
+        if (len(source), len(target)) != first:
             raise ValueError(
                 f"all layers must have the same rows, got {len(source)} and "
-                f"{len(target)} after {len(kernel)} together."
+                f"{len(target)} after {first[0]} and {first[1]}."
             )
         kernels = jax.lax.stop_gradient(bandwidths(rows, counts, multipliers, one))
         ones = jnp.ones_like(kernels)

@@ -3,6 +3,23 @@
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.typing import Batch
+
+
+def domains(batch: Batch) -> tuple[Batch, Batch]:
+    """The two domains of a batch.
+
+    Raises:
+        ValueError: one of them has a mask, which a distance of sets would not see.
+    """
+    for name in ("source", "target"):
+        if "where" in batch[name]:
+            raise ValueError(
+                f"{name}: got 'where', but every row of a domain counts here; leave "
+                "out the rows that should not"
+            )
+    return batch["source"], batch["target"]
+
 
 def join(source: jax.Array, target: jax.Array) -> jax.Array:
     """Stack the inputs of two domains, ``[n + m, ...]``, source first.

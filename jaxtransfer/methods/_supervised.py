@@ -37,15 +37,28 @@ def task_loss(
     Args:
         loss: of an example.
         outputs: ``[batch, ...]``.
-        batch: ``"labels" [batch, ...]``; ``"where" [batch]`` for rows that count;
-            ``"classes" [classes]`` for the classes that the task has.
+        batch: ``"labels" [batch, ...]``; ``"where" [batch]`` for rows that count, or
+            one of more axes; ``"classes" [classes]`` (or ``[batch, classes]``) for the
+            classes that the task has.
 
     Returns:
-        The loss, and ``task_loss`` and, for integer labels, ``accuracy``.
+        The loss, and ``task_loss`` and, for integer labels, ``accuracy``. Labels that
+        don't count may be anything (-1 is usual): they reach no gradient either.
+
+    Raises:
+        ValueError: ``"classes"`` is not one for each output.
     """
-    labels, where = batch["labels"], batch.get("where")
+    labels, where = jnp.asarray(batch["labels"]), batch.get("where")
+    if where is not None:
+        labels = jnp.where(metrics.cover(where, labels), labels, 0)
     if "classes" in batch:
-        outputs = jnp.where(batch["classes"], outputs, ABSENT)
+        present = jnp.asarray(batch["classes"])
+        if present.shape[-1:] != outputs.shape[-1:]:
+            raise ValueError(
+                f"classes: got shape {present.shape} for outputs {outputs.shape}; give "
+                "[classes], or [batch, classes] where a batch is divided among devices"
+            )
+        outputs = jnp.where(present, outputs, ABSENT)
     task = metrics.mean(loss(outputs, labels), where=where)
     measured: Metrics = {"task_loss": task}
     if jnp.issubdtype(labels.dtype, jnp.integer):

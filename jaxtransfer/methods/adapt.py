@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import losses, ops, prng
-from jaxtransfer.methods._domains import gather, join
+from jaxtransfer.methods._domains import domains, gather, join
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -103,22 +103,23 @@ def dann(
     critic: Model,
     *,
     tap: str,
-    weight: float = 1.0,
+    weight: Weight = 1.0,
     reversal: Weight = ops.dann,
     name: str = "domain",
 ) -> Term:
     r"""Fool a critic that tells the domains apart, by gradient reversal.
 
-    .. math:: \min_{\phi} \max_{c} -\lambda\, \mathrm{BCE}(c(R_\lambda(\phi(x))), d)
+    .. math:: \min_{\phi, c} \mathrm{BCE}(c(R_\lambda(\phi(x))), d)
 
     in one update: the critic minimises its own cross-entropy; on the way back to the
-    features the gradient is multiplied by :math:`-\lambda` (the ramp ``reversal``).
+    features :math:`R_\lambda`, which changes no value, multiplies the gradient by
+    :math:`-\lambda` (the ramp ``reversal``).
 
     Args:
         critic: network of ``params["critic"]``: features ``[rows, features]`` to one
             logit ``[rows, 1]``, source positive.
         tap: path of the layer.
-        weight: weight of the critic's loss.
+        weight: weight of the critic's loss, a number or a ramp of progress.
         reversal: strength of the reversed gradient, a number or a ramp of progress.
         name: name of its metric; ``name_accuracy`` is the critic's accuracy.
 
@@ -140,6 +141,11 @@ def dann(
         axis_name: str | None,
     ) -> tuple[Scalar, Metrics, ModelState]:
         del axis_name
+        if "critic" not in params:
+            raise ValueError(
+                "critic: the parameters have none; make them by adapt.init(..., "
+                "critic=critic, tap=...)"
+            )
         strength = reversal(progress) if callable(reversal) else reversal
         rows = ops.gradient_reversal(_rows(join(source, target)), strength)
         logits, _, critic_state = critic.apply(
@@ -155,7 +161,8 @@ def dann(
             {**model_state, "critic": critic_state},
         )
 
-    return Term(name, tap, weight, value, ramped=callable(reversal))
+    ramped = callable(reversal) or callable(weight)
+    return Term(name, tap, weight, value, ramped=ramped)
 
 
 def init(
@@ -241,8 +248,9 @@ def objective(
         Objective over ``{"source": {"inputs", "labels"}, "target": {"inputs"}}``.
 
     Raises:
-        ValueError: a ramp without ``steps``; two terms of one name; (at the first
-            call) source and target of different shapes, or a tap that does not exist.
+        ValueError: a ramp without ``steps``; two terms of one name, or of one that the
+            objective has; (at the first call) source and target of different shapes,
+            ``"where"`` in one of them, a tap that does not exist, or no critic.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -262,6 +270,8 @@ def objective(
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
         raise ValueError(f"terms: names must differ, got {names}; give name=")
+    if taken := {"loss", "task_loss", "accuracy"} & {*names}:
+        raise ValueError(f"terms: {min(taken)!r} is the objective's own; give name=")
     ramped = [term.name for term in terms if term.ramped]
     if ramped and steps is None:
         raise ValueError(
@@ -276,7 +286,7 @@ def objective(
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
         del frozen
-        source, target = batch["source"], batch["target"]
+        source, target = domains(batch)
         count = len(source["inputs"])
         variables = Variables(params["model"], model_state["model"])
         model_key = prng.stream(key, "model")

@@ -14,9 +14,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxtransfer import losses
+from jaxtransfer.methods._supervised import task_loss
 from jaxtransfer.ops.products import product
 from jaxtransfer.parallel import jit
-from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -133,14 +133,8 @@ def objective(
             train=True,
             key=key,
         )
-        labels, where = batch["labels"], batch.get("where")
-        task = metrics.mean(loss(outputs, labels), where=where)
-        measured: Metrics = {"task_loss": task}
-        if jnp.issubdtype(labels.dtype, jnp.integer):
-            measured["accuracy"] = metrics.mean(
-                losses.accuracy(outputs, labels), where=where
-            )
-        return metrics.value(task), (model_state, measured)
+        total, measured = task_loss(loss, outputs, batch)
+        return total, (model_state, measured)
 
     return value
 
@@ -191,7 +185,7 @@ def logistic_regression(
         classes: number of classes.
         l2: :math:`\lambda \ge 0`; the bias is not penalised.
         iterations: L-BFGS steps.
-        where: ``[batch]``; rows that count.
+        where: ``[batch]``; rows that count. The others may hold anything.
 
     Returns:
         ``{"kernel": [dim, classes], "bias": [classes]}``.
@@ -204,10 +198,15 @@ def logistic_regression(
         [0, 0, 1, 1]
     """
     rows = jnp.ones(len(features), bool) if where is None else where
-    weight = rows / jnp.maximum(rows.sum(), 1)
-    features = features.astype(jnp.float32)
+    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    weight = (rows / jnp.maximum(rows.sum(), 1)).astype(dtype)
+    features = jnp.where(rows[:, None], features.astype(dtype), 0)
+    labels = jnp.where(rows, labels, 0)
     centre = product(weight, features)
-    scale = jnp.sqrt(product(weight, (features - centre) ** 2) + 1e-5)
+    deviation = jnp.sqrt(product(weight, (features - centre) ** 2))
+    # What is constant but for rounding is left as it is.
+    constant = deviation <= 16 * jnp.finfo(dtype).eps * jnp.abs(centre)
+    scale = jnp.where(constant, 1.0, deviation)
     inputs = (features - centre) / scale
 
     def value(params: dict[str, jax.Array]) -> jax.Array:
@@ -216,8 +215,8 @@ def logistic_regression(
         return data + l2 / 2 * jnp.sum(params["kernel"] ** 2)
 
     start = {
-        "kernel": jnp.zeros((features.shape[1], classes), jnp.float32),
-        "bias": jnp.zeros(classes, jnp.float32),
+        "kernel": jnp.zeros((features.shape[1], classes), dtype),
+        "bias": jnp.zeros(classes, dtype),
     }
     solver = optax.lbfgs()
     value_and_gradient = optax.value_and_grad_from_state(value)

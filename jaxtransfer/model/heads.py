@@ -28,7 +28,8 @@ def with_head(backbone: Model, head: Model, *, tap: str | None = None) -> Model:
 
     Returns:
         A model whose parameters and state are ``{"backbone": …, "head": …}``, and
-        whose tap paths begin with ``backbone/`` and ``head/``.
+        whose tap paths begin with ``backbone/`` and ``head/``. A part that holds
+        nothing may be missing from what ``apply`` is given, as after ``tree.combine``.
 
     Raises:
         ValueError: (in ``init`` and ``apply``) a tap does not exist.
@@ -76,7 +77,7 @@ def with_head(backbone: Model, head: Model, *, tap: str | None = None) -> Model:
             keys = {part: prng.stream(key, part) for part in keys}
         lower = _below(tuple(tap for tap in taps if tap), "backbone")
         output, features, backbone_state = backbone.apply(
-            Variables(params["backbone"], state["backbone"]),
+            Variables(params.get("backbone", {}), state.get("backbone", {})),
             inputs,
             train=train,
             key=keys["backbone"],
@@ -85,7 +86,7 @@ def with_head(backbone: Model, head: Model, *, tap: str | None = None) -> Model:
         )
         features = {**features, "": output}
         result, head_features, head_state = head.apply(
-            Variables(params["head"], state["head"]),
+            Variables(params.get("head", {}), state.get("head", {})),
             source(output, features),
             train=train,
             key=keys["head"],

@@ -58,6 +58,23 @@ def _hold_calls(module: nnx.Module, held: tuple[str, ...]) -> None:
             object.__setattr__(part, "__class__", _calm(type(part)))
 
 
+class _NoKey(nnx.RngStream):
+    """A random stream of a call without a key."""
+
+    def __call__(self) -> jax.Array:
+        raise ValueError(
+            f"key: the network draws random numbers in training (stream {self.tag!r}); "
+            "give one, another at each step"
+        )
+
+
+def _forbid_draws(node: Any) -> None:
+    """Make the random streams under a node raise when they are drawn from."""
+    for _, part in nnx.iter_graph(node):
+        if isinstance(part, nnx.RngStream):
+            object.__setattr__(part, "__class__", _NoKey)
+
+
 class _Skeleton:
     """What is fixed about an NNX module: its graph and how its state is named."""
 
@@ -150,7 +167,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
             and ``rngs`` of its ``__call__`` are filled in.
 
     Returns:
-        The model. ``apply`` raises ``ValueError`` for a tap that does not exist.
+        The model. ``apply`` raises ``ValueError`` for a tap that does not exist, and
+        in training without ``key`` if the module draws random numbers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -188,6 +206,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     ) -> tuple[Any, nnx.Module, dict[str, Any]]:
         bones = skeleton()
         train = train and "" not in held
+        keyless = train and key is None
         key = jax.random.key(0) if key is None else key
         module = nnx.merge(
             bones.graph(train, held if train else ()),
@@ -205,6 +224,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         mode: dict[str, Any] = mode_arguments(call, train)
         if "rngs" in inspect.signature(call).parameters:
             mode["rngs"] = nnx.Rngs(prng.stream(key, "rngs"))
+        if keyless:
+            _forbid_draws((module, mode.get("rngs")))
         if not capture:
             return module(*positional(inputs), **mode), module, {}  # pyright: ignore
         forward = nnx.capture(module, nnx.Intermediate, method_outputs=nnx.Intermediate)

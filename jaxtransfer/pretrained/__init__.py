@@ -16,12 +16,14 @@
 
 Names say nothing of what a network computes: its padding, the epsilon of its
 normalisation and its activation must be those it was trained with, and so must the
-preparation of its inputs.
+preparation of its inputs. Nor do they say in which order a map is flattened: a dense
+layer on one, as in `LeNet` and the unpooled `Conv4`, needs :func:`flattened`.
 """
 
 from jaxtransfer.pretrained.adapt import (
     Adapter,
     classes,
+    flattened,
     input_channels,
     position_embeddings,
 )
@@ -44,6 +46,7 @@ __all__ = [
     "Renames",
     "Report",
     "classes",
+    "flattened",
     "flax",
     "input_channels",
     "jax_vit",

@@ -1,4 +1,4 @@
-"""Values of another shape: other input channels, resolutions, classes.
+"""Values of another shape or order: other channels, resolutions, classes, layouts.
 
 Each is a function ``(values, shape) -> values`` of that shape, for ``adapt=`` of
 :func:`~jaxtransfer.pretrained.load`.
@@ -118,6 +118,42 @@ def _grid(patches: int, grid: tuple[int, int] | None, argument: str) -> tuple[in
     return chosen
 
 
+def flattened(grid: tuple[int, int]) -> Adapter:
+    """Kernel of a dense layer that reads a map which PyTorch flattened.
+
+    There the rows are in the order (channels, height, width), here in the order
+    (height, width, channels); the shapes are the same. ``save`` writes the order that
+    the network has.
+
+    Args:
+        grid: (height, width) of the map.
+
+    Returns:
+        The function for ``adapt=``, of kernels ``[height * width * channels, out]``; it
+        raises ``ValueError`` for kernels of other axes or another number of rows. The
+        bias ``[out]`` stays as it is.
+
+    Example:
+        >>> rows = np.array([[0], [1], [10], [11]])  # two channels of 1 x 2
+        >>> flattened((1, 2))(rows, (4, 1)).ravel().tolist()
+        [0, 10, 1, 11]
+    """
+
+    def adapter(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        del shape
+        if values.ndim == 1:
+            return values
+        if min(grid) < 1 or values.ndim != 2 or len(values) % math.prod(grid):
+            raise ValueError(
+                f"flattened: got the grid {grid} for a kernel of shape {values.shape}; "
+                "give (height, width) of the map, for [height * width * channels, out]"
+            )
+        maps = values.reshape(-1, *grid, values.shape[-1])
+        return np.moveaxis(maps, 0, 2).reshape(values.shape)
+
+    return adapter
+
+
 def classes(chosen: Sequence[int]) -> Adapter:
     """Outputs of a head for some of its classes.
 
@@ -146,4 +182,4 @@ def classes(chosen: Sequence[int]) -> Adapter:
     return adapter
 
 
-__all__ = ["Adapter", "classes", "input_channels", "position_embeddings"]
+__all__ = ["Adapter", "classes", "flattened", "input_channels", "position_embeddings"]

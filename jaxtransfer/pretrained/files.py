@@ -87,6 +87,13 @@ def write_content(path: str | os.PathLike[str], content: _Content) -> None:
         else entry
         for name, entry in content.entries.items()
     }
+    for name, entry in entries.items():
+        if kind == ".npz" and _is_foreign(entry):
+            raise ValueError(
+                f"path: {str(path)!r} can't hold {name!r}, which is {entry.dtype}, no "
+                "type of NumPy's; give a path that ends in .safetensors or .msgpack, "
+                "or convert it to float32"
+            )
     part = file.with_name(f".{file.name}.part")  # a whole file or none
     try:
         if kind == ".safetensors":
@@ -116,6 +123,15 @@ def is_weight(entry: Any) -> bool:
     """Whether an entry is an array of numbers."""
     return isinstance(entry, np.ndarray) and (
         jax.dtypes.issubdtype(entry.dtype, np.number) or entry.dtype == np.bool_
+    )
+
+
+def _is_foreign(entry: Any) -> bool:
+    """Whether NumPy writes an array, such as bfloat16, as bytes of no type."""
+    return (
+        isinstance(entry, np.ndarray)
+        and entry.dtype.kind == "V"
+        and not issubclass(entry.dtype.type, np.void)
     )
 
 

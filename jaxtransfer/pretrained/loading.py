@@ -85,7 +85,8 @@ def load(
     """
     content = files.read_content(path)
     entries = {name: x for name, x in content.entries.items() if files.is_weight(x)}
-    leaves = _leaves(jax.eval_shape(model.init, jax.random.key(0), inputs))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    leaves = leaves_of(shapes)
     naming = names or _naming_of(path)
     places = {place: naming(leaf) for place, (leaf, _) in leaves.items()}
     kept = tree.match(fresh, leaves)
@@ -127,7 +128,7 @@ def load(
     )
     report.require_fit()
     values |= _initial(model, inputs, key, kept)
-    return _variables({place: leaves[place][0] for place in leaves}, values), report
+    return filled(shapes, values), report
 
 
 def save(
@@ -150,8 +151,8 @@ def save(
 
     Raises:
         ImportError: a safetensors file, without the package.
-        ValueError: another ending, two leaves of one name, or leaves that are not in
-            the file ``like``.
+        ValueError: another ending, two leaves of one name, leaves that are not in the
+            file ``like``, or numbers that ``.npz`` can't hold, such as bfloat16.
 
     Example:
         >>> import pathlib, tempfile
@@ -164,7 +165,7 @@ def save(
     """
     naming = names or _naming_of(path)
     arrays: dict[str, np.ndarray] = {}
-    for place, (leaf, value) in _leaves(variables).items():
+    for place, (leaf, value) in leaves_of(variables).items():
         entry = naming(leaf)
         for name, array in zip(
             entry.names, entry.write(np.asarray(value)), strict=True
@@ -197,19 +198,44 @@ def _naming_of(path: str | os.PathLike[str]) -> Naming:
     return torch() if files.kind_of(path) == ".safetensors" else flax()
 
 
-def _leaves(variables: Variables) -> dict[str, tuple[Leaf, Any]]:
-    """Leaves of all collections by path, with their values."""
+def leaves_of(variables: Variables) -> dict[str, tuple[Leaf, Any]]:
+    """Leaves of all collections by path, with their values.
+
+    State that is held by parts of the network, ``{"backbone": {"batch_stats": …}}`` as
+    of :func:`~jaxtransfer.model.with_head`, has the paths of their parameters:
+    ``backbone/bn1/mean`` beside ``backbone/bn1/scale``.
+    """
     leaves: dict[str, tuple[Leaf, Any]] = {}
-    collections = {"params": variables.params, **variables.model_state}
-    for collection, part in collections.items():
-        for path, value in tree.flatten(part).items():
+
+    def add(collection: str, part: str, values: Any) -> None:
+        for path, value in tree.flatten({part: values} if part else values).items():
             if path in leaves:
                 raise ValueError(
                     f"{path!r} is a leaf of {leaves[path][0].collection!r} and of "
                     f"{collection!r}; rename one of the two"
                 )
             leaves[path] = Leaf(collection, path, tuple(np.shape(value))), value
+
+    def visit(params: Mapping[str, Any], state: Mapping[str, Any], part: str) -> None:
+        for name, below in state.items():
+            above = params.get(name)
+            if isinstance(above, Mapping) and isinstance(below, Mapping):  # a part
+                visit(above, below, f"{part}/{name}".removeprefix("/"))
+            else:
+                add(name, part, below)
+
+    add("params", "", variables.params)
+    visit(variables.params, variables.model_state, "")
     return leaves
+
+
+def filled(like: Variables, values: Mapping[str, Any]) -> Variables:
+    """The variables with other values, given by path; what is empty stays there."""
+    structure = jax.tree.structure(like)
+    numbered = jax.tree.unflatten(structure, range(structure.num_leaves))
+    places = {number: place for place, (_, number) in leaves_of(numbered).items()}
+    ordered = [values[places[number]] for number in range(structure.num_leaves)]
+    return jax.tree.unflatten(structure, ordered)
 
 
 def _adapters(
@@ -236,18 +262,10 @@ def _initial(
     @jax.jit
     def chosen(key: jax.Array) -> dict[str, Any]:
         example = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-        leaves = _leaves(model.init(key, example))
+        leaves = leaves_of(model.init(key, example))
         return {path: leaves[path][1] for path in paths}
 
     return chosen(key)
 
 
-def _variables(leaves: Mapping[str, Leaf], values: Mapping[str, Any]) -> Variables:
-    collections: dict[str, dict[str, Any]] = {"params": {}}
-    for place, leaf in leaves.items():
-        collections.setdefault(leaf.collection, {})[leaf.path] = values[place]
-    nested = {name: tree.unflatten(part) for name, part in collections.items()}
-    return Variables(nested.pop("params"), nested)
-
-
-__all__ = ["load", "save"]
+__all__ = ["filled", "leaves_of", "load", "save"]

@@ -92,8 +92,12 @@ def torch(*, rename: Renames = ()) -> Naming:
     ``weight``, ``mean`` and ``var`` of batch normalisation ``running_mean`` and
     ``running_var``. All other leaves keep name and layout.
 
-    Not covered: kernels of transposed convolutions, and attention whose query, key and
-    value are kernels of three axes of their own.
+    Not covered: kernels of transposed convolutions, attention whose query, key and
+    value are kernels of three axes of their own, and a dense layer on a flattened map.
+    PyTorch flattens (channels, height, width); :class:`~jaxtransfer.nets.LeNet` and
+    :class:`~jaxtransfer.nets.Conv4` without pooling flatten (height, width, channels).
+    The shapes agree, so that ``load`` can't tell: give it an adapter,
+    :func:`~jaxtransfer.pretrained.flattened`.
 
     Args:
         rename: how names that this makes become those of the file, e.g.

@@ -314,8 +314,8 @@ def deep_embedded_validation(
         where: Which examples count [batch]; default all.
 
     Returns:
-        Scalar, float32 or wider; larger is better. With equal weights e is 0. 0 if no
-        example counts.
+        Scalar, float32 or wider; larger is better. With weights that are equal but
+        for rounding e is 0. 0 if no example counts.
 
     Raises:
         ValueError: If the shapes are not [batch], or ``where`` does not fit.
@@ -337,6 +337,8 @@ def deep_embedded_validation(
     # Scaled, so that squares of the largest legal weights stay finite.
     apart = jnp.where(where, weights - mean_weight, 0.0)
     scale = jnp.max(jnp.abs(apart), initial=0.0)
+    largest = jnp.max(jnp.abs(weights), initial=0.0)
+    scale = jnp.where(scale <= 16 * jnp.finfo(weights.dtype).eps * largest, 0.0, scale)
     apart = apart / jnp.where(scale == 0, 1.0, scale)
     variance = jnp.sum(apart**2)
     covariance = jnp.sum(apart * jnp.where(where, weights * values - risk, 0.0))

@@ -27,6 +27,18 @@ from jaxtransfer.train.state import TrainState
 _STATE = "state"
 
 
+def _check_readable(folder: pathlib.Path) -> None:
+    """Raise ``PermissionError`` if files may not be read: they may well be sound."""
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            open(os.path.join(place, name), "rb").close()
+
+
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint can't be read back as it was written; nothing was changed."""
 
@@ -142,6 +154,7 @@ class Checkpointer:
             self._fingerprints = fingerprints(state)
         record = {
             "step": step,
+            "processes": jax.process_count(),
             "arrays": {path: describe(leaf) for path, leaf in leaves.items()},
             "checksums": {path: checksum(leaf) for path, leaf in leaves.items()},
             "frozen": self._fingerprints,
@@ -174,8 +187,10 @@ class Checkpointer:
         Raises:
             FileNotFoundError: there is no checkpoint (of that step).
             ValueError: the checkpoint is of another network, optimizer or teacher, or
-                was saved without the position that ``data`` needs.
+                was saved without the position that ``data`` needs, or by another number
+                of processes.
             DamagedCheckpointError: the checkpoint is truncated or changed.
+            OSError: it can't be read, such as for want of permission.
         """
         self.wait()
         known = [int(checkpoint.step) for checkpoint in self._orbax.checkpoints]
@@ -193,7 +208,7 @@ class Checkpointer:
             )
         try:
             record = read_record(folder)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise self._damaged(step, known, error) from error
         wanted = leaves_of(state)
         self._check_same(folder, record, state, wanted)
@@ -205,18 +220,16 @@ class Checkpointer:
         }
         try:
             loaded = self._orbax.load_checkpointables(step, {_STATE: abstract})[_STATE]
-        except Exception as error:  # orbax raises many kinds
+        except Exception as error:  # orbax raises many kinds, of no permission too
+            _check_readable(folder / _STATE)
             raise self._damaged(step, known, error) from error
         for path, crc in record["checksums"].items():
-            if crc is not None and checksum(loaded[path]) != crc:
+            found = checksum(loaded[path])
+            if None not in (crc, found) and found != crc:
                 error = ValueError(f"the values of {path!r} are not those written")
                 raise self._damaged(step, known, error)
         if data is not None and hasattr(data, "set_state"):
-            if record["data"] is None:
-                raise ValueError(
-                    f"{folder} holds no position in the data, but data can be set to "
-                    "one; restore with data=None to start the data over"
-                )
+            self._check_position(folder, record)
             set_position(data, record["data"])
         self._written = step
         return with_leaves(state, loaded)
@@ -264,6 +277,22 @@ class Checkpointer:
             f"checkpoint {self.folder(step)} is damaged ({type(error).__name__}: "
             f"{reason}); {remedy}. Nothing was changed."
         )
+
+    def _check_position(self, folder: pathlib.Path, record: Mapping[str, Any]) -> None:
+        over = (
+            "to start the data over, give batches that have no position, such as "
+            "(batch for batch in data), or call restore(..., data=None)"
+        )
+        if record["data"] is None:
+            raise ValueError(
+                f"data: can be set to a position, but {folder} holds none (the run was "
+                f"over data without get_state); {over}"
+            )
+        if (there := record["processes"]) != (here := jax.process_count()):
+            raise ValueError(
+                f"data: {folder} holds positions of a run of {there} process(es), this "
+                f"one has {here}; go on with {there}, or {over}"
+            )
 
     def _check_same(
         self,

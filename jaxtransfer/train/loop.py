@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 from jaxtransfer.train import metrics as metrics_lib
 from jaxtransfer.train.checkpoint import Checkpointer
 from jaxtransfer.train.folders import check_folder
-from jaxtransfer.train.logging import Display, MetricsWriter
+from jaxtransfer.train.logging import Display, MetricsWriter, read_metrics
+from jaxtransfer.train.record import checksum, leaves_of
 from jaxtransfer.train.state import TrainState
 from jaxtransfer.train.stopping import stop_signals, stopping
 from jaxtransfer.typing import Mean, Step
@@ -117,7 +119,7 @@ def fit(
         state: where to start; donated if the step donates.
         data: batches; at least as many as updates to do.
         steps: number of updates at which the run is complete, those before this
-            call included.
+            call included; at least those of the latest checkpoint.
         evaluate: ``state -> {name: value}``, called at the end too; see
             :func:`~jaxtransfer.train.evaluate_batches`. Must not keep the state.
         eval_every: updates between two evaluations; 0: at the end only.
@@ -132,9 +134,11 @@ def fit(
 
     Raises:
         NonFiniteLossError: a loss was infinite or not a number; found after 100
-            updates at the latest, names the first one.
+            updates at the latest, names the first one; or a parameter or the model
+            state was, at a save or at the end.
         ValueError: an argument is out of range; the data ended; the checkpoints are
-            of another run.
+            of another run, later than ``steps``, or of the step of ``state`` and differ
+            from it.
         OSError: a folder can't be written to, or its disk is nearly full (raised
             before the first update).
 
@@ -168,7 +172,7 @@ def fit(
     resumed = False
     if checkpointer is not None:
         checkpointer.check_space(state)
-        state, resumed = _resume(state, batches, checkpointer)
+        state, resumed = _resume(state, batches, checkpointer, steps)
     start = done = int(state.step)
     writer = (
         None
@@ -202,13 +206,15 @@ def fit(
             report("train", last, {name: means[name] for name in first_loss})
 
     def save(*, force: bool = False) -> None:
-        if checkpointer is None or not (force or done % checkpointer.every == 0):
+        """Check the state, and save it if there is where to."""
+        if not (force or checkpointer and done % checkpointer.every == 0):
             return
         fetch()
         check(logged, sums[2])
         if not bool(_all_finite((state.params, state.model_state))):
             raise _not_finite(done, checkpointer, what="parameters or model state")
-        checkpointer.save(done, state, batches, force=force)
+        if checkpointer is not None:
+            checkpointer.save(done, state, batches, force=force)
 
     evaluated = -1
     with contextlib.ExitStack() as stack:
@@ -216,6 +222,9 @@ def fit(
             stack.callback(writer.close)
         stack.callback(display.close)
         received = stack.enter_context(stop_signals())
+        due = eval_every > 0 and 0 < start < steps and start % eval_every == 0
+        if evaluate is not None and resumed and due and not _evaluated(folder, start):
+            report("eval", start, _numbers(evaluate(state)))
         while done < steps:
             try:
                 batch = next(batches)
@@ -269,8 +278,22 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def _evaluated(folder: pathlib.Path | None, step: int) -> bool:
+    """Whether the records have an evaluation of a step; all processes say the same."""
+    path = None if folder is None else folder / "metrics.jsonl"
+    found = path is not None and any(
+        record["step"] == step and any(name.startswith("eval/") for name in record)
+        for record in read_metrics(path)
+    )
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        found = bool(multihost_utils.broadcast_one_to_all(np.array(found)))
+    return found
+
+
 def _resume(
-    state: TrainState, batches: Any, checkpointer: Checkpointer
+    state: TrainState, batches: Any, checkpointer: Checkpointer, steps: int
 ) -> tuple[TrainState, bool]:
     """Go on from the latest checkpoint, unless the state is ahead of it."""
     latest, given = checkpointer.latest_step, int(state.step)
@@ -282,6 +305,12 @@ def _resume(
             f"than the state given (step {given}); go on in another directory, or "
             f"remove the later checkpoints"
         )
+    if steps < latest:
+        raise ValueError(
+            f"steps: {steps}, but {str(checkpointer.directory)!r} has a checkpoint of "
+            f"step {latest} already; ask for at least {latest}, or give another "
+            "directory"
+        )
     position = batches if hasattr(batches, "set_state") else None
     restored = checkpointer.restore(state, position)
     if not bool(jnp.all(restored.key == state.key)):
@@ -289,6 +318,16 @@ def _resume(
             f"{str(checkpointer.directory)!r} has checkpoints of a run with another "
             "key; give the same key (seed) to go on, or another directory"
         )
+    if given > 0:
+        mine, there = leaves_of(state), leaves_of(restored)
+        for path in mine:
+            if checksum(mine[path]) != checksum(there[path]):
+                raise ValueError(
+                    f"state: {path!r} differs from that in "
+                    f"{checkpointer.folder(latest)}, of the same step {latest}; give "
+                    "the state of step 0 to go on from the checkpoint, or another "
+                    "directory to go on from the state"
+                )
     if position is None and latest > 0:
         warnings.warn(
             f"resumed at step {latest}, but data has no set_state: it starts over, so "

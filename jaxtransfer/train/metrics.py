@@ -15,7 +15,8 @@ def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
 
     Args:
         values: ``[...]``.
-        where: ``[...]`` bool; rows that don't count (padding) are ``False``.
+        where: bool, of all axes of the values or the first ones (``[batch]``); what
+            doesn't count (padding) is ``False``.
 
     Returns:
         The pair of ``[]``.
@@ -31,10 +32,21 @@ def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if where is None:
         return Mean(jnp.sum(values), jnp.asarray(values.size, values.dtype))
-    where = jnp.broadcast_to(where, values.shape)
+    where = jnp.broadcast_to(cover(where, values), values.shape)
     return Mean(
         jnp.sum(jnp.where(where, values, 0)), jnp.sum(where.astype(values.dtype))
     )
+
+
+def cover(where: ArrayLike, values: ArrayLike) -> jax.Array:
+    """A mask of the first axes of ``values`` as one that broadcasts to all of them.
+
+    Example:
+        >>> cover([True, False], jnp.ones((2, 3))).shape
+        (2, 1)
+    """
+    where = jnp.asarray(where)
+    return where.reshape(where.shape + (1,) * max(jnp.ndim(values) - where.ndim, 0))
 
 
 def value(pair: Mean) -> jax.Array:
@@ -44,7 +56,7 @@ def value(pair: Mean) -> jax.Array:
         >>> float(value(Mean(3.0, 2.0)))
         1.5
     """
-    return jnp.asarray(pair.total / jnp.maximum(pair.count, 1))
+    return jnp.asarray(pair.total / jnp.where(pair.count == 0, 1, pair.count))
 
 
 def promote(metrics: Metrics) -> dict[str, Mean]:

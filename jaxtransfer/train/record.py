@@ -74,7 +74,9 @@ class Record:
         async def write() -> None:
             folder = pathlib.Path(await directory.await_creation())
             crc = zlib.crc32(self._text.encode())
-            (folder / _record_name()).write_text(f"{crc}\n{self._text}")
+            (folder / _record_name(jax.process_index())).write_text(
+                f"{crc}\n{self._text}"
+            )
 
         return write()
 
@@ -82,23 +84,46 @@ class Record:
         """Read back in the background; as `read_record`, which needs no orbax."""
 
         async def read() -> None:
-            self._text = _written(pathlib.Path(directory))
+            name = _record_name(jax.process_index())
+            self._text = _written(pathlib.Path(directory) / name)
 
         return read()
 
 
-def _record_name() -> str:
-    return f"process_{jax.process_index()}.json"
+def _record_name(process: int | str) -> str:
+    return f"process_{process}.json"
 
 
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
-    """Read the record of a checkpoint; ``OSError`` or ``ValueError`` if damaged."""
-    return json.loads(_written(folder / RECORD))
+    """Read the record of a checkpoint that this process wrote.
+
+    A process that the run did not have reads that of the first one. ``"processes"`` is
+    how many there were; records that lack it are counted.
+
+    Raises:
+        FileNotFoundError: the record is gone.
+        ValueError: it is damaged.
+        OSError: it can't be read now; it may be sound.
+    """
+    folder, process = folder / RECORD, jax.process_index()
+
+    def read(number: int) -> dict[str, Any]:
+        record = json.loads(_written(folder / _record_name(number)))
+        record.setdefault("processes", len([*folder.glob(_record_name("*"))]))
+        return record
+
+    try:
+        return read(process)
+    except FileNotFoundError:
+        record = read(0)
+        if process < record["processes"]:
+            raise
+        return record
 
 
-def _written(folder: pathlib.Path) -> str:
-    """The text that was written to a folder."""
-    crc, text = (folder / _record_name()).read_text().split("\n", 1)
+def _written(file: pathlib.Path) -> str:
+    """The text that was written to a file."""
+    crc, text = file.read_text().split("\n", 1)
     if int(crc) != zlib.crc32(text.encode()):
         raise ValueError("its record has another checksum than it was written with")
     return text

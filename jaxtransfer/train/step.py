@@ -1,6 +1,6 @@
 """The one update rule: an objective and an optimizer make a pure step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,6 +41,16 @@ def _mean_over(axis_name: str, tree: Any) -> Any:
     return jax.tree.map(reduce, tree)
 
 
+def _check_all_rows_count(batch: Batch, axis_name: str) -> None:
+    if isinstance(batch, Mapping) and "where" in batch:
+        raise ValueError(
+            f"batch: got 'where' with axis_name={axis_name!r}; each device would "
+            "average its own rows that count, and one with few of them would weigh as "
+            "much as the others. Leave axis_name out and run the step by "
+            "parallel.jit_step over a mesh, where the batch is one"
+        )
+
+
 def _checked(before: TrainState, after: TrainState) -> TrainState:
     """The new state, if nothing that is frozen was exchanged."""
     pairs = jax.tree.leaves(before.frozen), jax.tree.leaves(after.frozen)
@@ -78,10 +88,14 @@ def train_step(
 
     Returns:
         ``(state, batch) -> (state, metrics)``; metrics hold ``loss`` and
-        ``gradient_norm`` beside the objective's own, each as (sum, count).
+        ``gradient_norm`` beside the objective's own, each as (sum, count). Its
+        attribute ``axis_name`` is the one given.
 
     Raises:
-        ValueError: (at the first call) ``after_update`` changes what is frozen.
+        ValueError: (at the first call) ``after_update`` changes what is frozen; or,
+            with ``axis_name``, the batch is a dict with ``"where"``: each device would
+            average its own rows that count, however few they are; run the step without
+            ``axis_name`` by :func:`~jaxtransfer.parallel.jit_step` over a mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -98,6 +112,8 @@ def train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        if axis_name is not None:
+            _check_all_rows_count(batch, axis_name)
         key = prng.step_key(state.key, state.step)
         params, frozen, model_state = state.params, state.frozen, state.model_state
         if axis_name is not None:
@@ -124,6 +140,7 @@ def train_step(
             state = _checked(state, after_update(state))
         return state, metrics
 
+    step.axis_name = axis_name  # pyright: ignore[reportFunctionMemberAccess]
     return step
 
 
@@ -140,11 +157,11 @@ def alternate(**steps: Step) -> Step:
 
     Returns:
         A step that does one update of every role and counts as one step. Metrics
-        are named ``role/name``.
+        are named ``role/name``. Its attribute ``axis_name`` is that of the steps.
 
     Raises:
-        ValueError: (at the first call) a role has no parameters, or is in ``frozen``
-            as well.
+        ValueError: the steps differ in ``axis_name``; (at the first call) a role has no
+            parameters, or is in ``frozen`` as well; and as :func:`train_step`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -161,6 +178,16 @@ def alternate(**steps: Step) -> Step:
         >>> float(state.params["a"]), float(state.params["b"])
         (4.0, 4.0)
     """
+    made = {
+        role: step.axis_name  # pyright: ignore[reportFunctionMemberAccess]
+        for role, step in steps.items()
+        if hasattr(step, "axis_name")
+    }
+    if len(axis_names := set(made.values())) > 1:
+        raise ValueError(
+            f"alternate: the steps differ in axis_name, {made}; make all of them with "
+            "train_step(..., axis_name=...) of the same, or none"
+        )
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         params, opt_state = dict(state.params), dict(state.opt_state)
@@ -197,6 +224,8 @@ def alternate(**steps: Step) -> Step:
             model_state=model_state,
         ), metrics
 
+    for axis_name in axis_names:
+        step.axis_name = axis_name  # pyright: ignore[reportFunctionMemberAccess]
     return step
 
 

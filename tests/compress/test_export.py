@@ -14,7 +14,7 @@ import pytest
 
 from jaxtransfer import compress, nets, pretrained
 from jaxtransfer.methods import distill
-from jaxtransfer.model import from_linen
+from jaxtransfer.model import from_linen, with_head
 from tests.twins import jitted, network
 
 KEY = jax.random.key(0)
@@ -156,6 +156,25 @@ def test_a_student_leaves_its_bridges_behind(tmp_path):
     np.testing.assert_array_equal(program.call(ROWS), expected)
     with pytest.raises(ValueError, match="batch|shape|dim"):
         program.call(ROWS[:3])
+
+
+def test_a_network_with_a_head(tmp_path):
+    """The backbone has running statistics, the head has no state at all."""
+    model = with_head(network("linen", normalized=True), from_linen(nn.Dense(2)))
+    variables = jitted(model).init(KEY, ROWS)
+    state = jax.tree.map(lambda x: x + 0.5, variables.model_state)
+    variables = variables._replace(model_state=state)
+    files = compress.export_student(
+        tmp_path, model, variables, ROWS, batch=4, platforms=("cpu",)
+    )
+    weights = pretrained.read(files.weights)
+    assert "batch_stats/backbone/blocks_0/norm/mean" in weights
+    inside, apart = (
+        jax.export.deserialize(bytearray(file.read_bytes())) for file in files[:2]
+    )
+    expected = model.apply(variables, ROWS)[0]
+    for found in (inside.call(ROWS), apart.call(weights, ROWS)):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 IMAGE_NETWORKS = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtransfer import data
+from tests.data.zips import break_deflated
 
 LABELS = np.arange(40) % 5
 POOL = np.random.default_rng(0).random((40, 4, 4, 1)).astype(np.float32)
@@ -57,7 +58,7 @@ def test_another_pool_is_refused(file, other):
 
 
 def test_what_is_no_file_of_tasks_is_refused(tmp_path, file):
-    """Text, an array, a file cut short, tasks that leave the pool."""
+    """Text, an array, a file cut short or altered, tasks that leave the pool."""
     wrong = tmp_path / "wrong.npz"
     wrong.write_text("no tasks")
     with pytest.raises(ValueError, match="save_episodes, or it is damaged"):
@@ -72,6 +73,9 @@ def test_what_is_no_file_of_tasks_is_refused(tmp_path, file):
     wrong.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ValueError, match="save_episodes, or it is damaged"):
         data.load_episodes(wrong, POOL)
+    break_deflated(file, "pool.npy")
+    with pytest.raises(ValueError, match="save_episodes, or it is damaged"):
+        data.load_episodes(file, POOL)
     with pytest.raises(ValueError, match="inputs has 10 rows; give the pool"):
         data.save_episodes(wrong, DRAWN, POOL[:10])
     with pytest.raises(FileNotFoundError):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from jaxtransfer import data
+from tests.data.zips import break_deflated
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,11 @@ def test_a_missing_or_damaged_file_is_told(tmp_path, release):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("run01/class_labels.txt", "")
     with pytest.raises(ValueError, match=r"run01/training/class01\.png"):
+        data.challenge_runs(data_dir=tmp_path)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("run01/training/class01.png", "a drawing")
+    break_deflated(file, "run01/training/class01.png")
+    with pytest.raises(ValueError, match="damaged .*; get it again"):
         data.challenge_runs(data_dir=tmp_path)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from jaxtransfer import data
 from jaxtransfer.data import prepare
+from tests.data.zips import break_deflated
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +46,14 @@ def write_usps(path, *, bad_label=None, width=256, nan=False):
     return raw
 
 
-def write_mnist_m(path, *, lines=None, drop=None, damaged=None, size=32):
+def write_mnist_m(
+    path, *, lines=None, drop=None, damaged=None, size=32, form=zipfile.ZIP_STORED
+):
     """A release of 6 + 3 random pictures, in a folder like the public one."""
     generator = np.random.default_rng(1)
     raw = {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", form) as archive:
         for split, n in (("train", 6), ("test", 3)):
             stem = f"mnist_m/mnist_m_{split}"
             images = generator.integers(0, 256, (n, size, size, 3), np.uint8)
@@ -196,6 +199,18 @@ def test_damaged_mnist_m(tmp_path, capsys, options, message):
     assert not list((tmp_path / "d").glob("mnist_m/*incomplete*"))
 
 
+@pytest.mark.parametrize("member", ["train_labels.txt", "test/00000001.png"])
+def test_a_flipped_byte_in_mnist_m(tmp_path, capsys, member):
+    """Inside what is compressed, where zlib finds it."""
+    path = tmp_path / "raw" / "mnist_m.zip"
+    write_mnist_m(path, form=zipfile.ZIP_DEFLATED)
+    break_deflated(path, f"mnist_m/mnist_m_{member}")
+    assert run("mnist_m", tmp_path) == 1
+    message = capsys.readouterr().err
+    assert str(path) in message
+    assert "damaged" in message
+
+
 def test_unwritable_data_dir(tmp_path, capsys):
     """A file where the folder should be."""
     write_usps(tmp_path / "raw" / "usps.h5")
@@ -273,7 +288,9 @@ def test_movielens_needs_all_three_files(tmp_path, capsys):
     write_movielens(tmp_path / "raw")
     (tmp_path / "raw" / "u.item").unlink()
     assert run("movielens_100k", tmp_path) == 1
-    assert "u.item doesn't exist" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "u.item doesn't exist. Put u.data, u.user and u.item" in message
+    assert "can't write" not in message
 
 
 def write_multi30k(folder, **changed):

@@ -126,6 +126,20 @@ def test_as_arrays_refuses(arguments):
         data.as_arrays(data.load("digits", "test[:2]"), **arguments)
 
 
+def test_as_arrays_refuses_channels_it_can_not_make():
+    """Of transparency it knows nothing: four channels stay or are an error."""
+    records = records_module.ArrayRecords({"inputs": np.zeros((2, 2, 2, 4), np.uint8)})
+    source = records_module.Source(
+        "rgba", "train", None, records, records_module.Decoder()
+    )
+    assert data.as_arrays(source)["inputs"].shape == (2, 2, 2, 4)
+    for channels in (1, 3):
+        with pytest.raises(
+            ValueError, match=f"channels={channels} .* example 0 of 'rgba' has 4 chan"
+        ):
+            data.as_arrays(source, channels=channels)
+
+
 def test_as_arrays_refuses_labels_outside_the_classes():
     """A damaged label names itself."""
     records = records_module.ArrayRecords(

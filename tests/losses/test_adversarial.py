@@ -184,6 +184,12 @@ def test_entropy_weights_golden(precision, class_logits, normalization, golden):
     )
     squares = jnp.mean(jnp.concatenate(weights) ** 2)
     np.testing.assert_allclose(squares, golden, rtol=tolerance)
+    traced = jax.jit(
+        lambda e: adversarial.entropy_weights(
+            *logits, normalization=normalization, epsilon=e
+        )
+    )(jnp.asarray(1e-5, dtype))
+    np.testing.assert_allclose(traced[0], weights[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("normalization", ["joint", "per_domain"])

@@ -55,6 +55,19 @@ def test_confusion_of_sure_predictions_is_none():
     assert confidence.minimum_class_confusion(200.0 * jnp.eye(3)) < 1e-6
 
 
+@pytest.mark.parametrize("gap", [40.0, 60.0, 90.0, 150.0, 1e4])
+def test_confusion_with_a_class_that_is_all_but_absent_has_a_gradient(gap):
+    """The square of its share of the batch is 0 in float32."""
+    logits = jnp.array([[0.0, 0.5, -gap], [0.1, 0.0, -gap]])
+    for temperature in (1.0, 2.5):
+        gradient = jax.grad(
+            lambda x, t=temperature: confidence.minimum_class_confusion(
+                x, temperature=t
+            )
+        )(logits)
+        assert jnp.isfinite(gradient).all() and jnp.any(gradient != 0)
+
+
 def test_pseudo_label_keeps_the_sure(float64):
     logits = jnp.array([[1.0, 2.0, 0.0], [0.5, 0.0, 0.0]])
     sure = jnp.array([[4.0, 0.0, 0.0], [0.3, 0.0, 0.0]])

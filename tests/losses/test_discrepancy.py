@@ -359,3 +359,7 @@ def test_says_what_is_wrong(types_unchecked):
         losses.permutation_test(rows, rows, permutations=0)
     with pytest.raises(ValueError, match="as many, at least one, got 0 and 1"):
         losses.joint_maximum_mean_discrepancy([], [rows])
+    with pytest.raises(ValueError, match="got 2 and 1 after 1 and 2"):
+        losses.joint_maximum_mean_discrepancy(
+            [rows[:1], rows[:2]], [rows[:2], rows[:1]]
+        )

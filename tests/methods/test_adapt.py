@@ -161,6 +161,46 @@ def test_both_domains_share_one_batch_of_statistics(kind):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_domain_by_its_own_statistics(kind):
+    """The running ones are then the target's."""
+    model = network(kind, normalized=True)
+    start = jitted(model).init(KEY, X)
+    term = adapt.align(losses.mmd, tap="blocks_1", name="distance")
+    task = adapt.objective(model, term, joint=False)
+    started = adapt.init(KEY, model, start, X)
+    loss, (state, measured) = value(task, started)
+
+    def alone(inputs):
+        return jitted(model).apply(start, inputs, train=True, taps=("blocks_1",))
+
+    outputs, of_source, _ = alone(X)
+    _, of_target, expected = alone(TARGET["inputs"])
+    for one, other in zip(
+        *map(jax.tree.leaves, (state["model"], expected)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    distance = losses.mmd(of_source["blocks_1"], of_target["blocks_1"])
+    np.testing.assert_allclose(measured["distance"], distance, rtol=1e-4)
+    of_labels = losses.cross_entropy(outputs, SOURCE["labels"]).mean()
+    np.testing.assert_allclose(loss, of_labels + distance, rtol=1e-4)
+
+
+def test_terms_that_can_not_work_are_refused(net):
+    with pytest.raises(ValueError, match="steps: term 'domain' follows a ramp"):
+        adapt.objective(
+            net[0], adapt.dann(CRITIC, tap="blocks_1", weight=ops.dann, reversal=1.0)
+        )
+    with pytest.raises(ValueError, match="'task_loss' is the objective's own"):
+        adapt.objective(net[0], adapt.align(tap="blocks_1", name="task_loss"))
+    task = adapt.objective(net[0], adapt.dann(CRITIC, tap="blocks_1"), steps=9)
+    with pytest.raises(ValueError, match=r"critic: .* adapt.init"):
+        value(task, begin(net))
+    masked = {**PAIR, "source": {**SOURCE, "where": jnp.ones(6, bool)}}
+    with pytest.raises(ValueError, match="source: got 'where'"):
+        value(adapt.objective(net[0]), begin(net), masked)
+
+
 def test_predict_is_the_network(net):
     started = begin(net, CRITIC)
     outputs = adapt.predict(net[0])(started.params, {}, started.model_state, X)

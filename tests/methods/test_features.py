@@ -86,7 +86,8 @@ def test_nothing_flows_into_the_source(source, head):
 
 def standardized(x):
     x = np.asarray(x, np.float64)
-    centre, scale = x.mean(0), np.sqrt(x.var(0) + 1e-5)
+    centre, scale = x.mean(0), x.std(0)
+    scale = np.where(scale > 0, scale, 1.0)
     return (x - centre) / scale, centre, scale
 
 
@@ -117,10 +118,24 @@ def test_rows_that_do_not_count_for_the_probe():
     x, labels = jnp.asarray(train["inputs"][:60]), jnp.asarray(train["labels"][:60] % 3)
     some = features.logistic_regression(x[:40], labels[:40], classes=3, l2=0.1)
     masked = features.logistic_regression(
-        x.at[40:].add(5.0), labels, classes=3, l2=0.1, where=jnp.arange(60) < 40
+        x.at[40:].set(jnp.nan),
+        labels.at[40:].set(-1),
+        classes=3,
+        l2=0.1,
+        where=jnp.arange(60) < 40,
     )
     np.testing.assert_allclose(some["kernel"], masked["kernel"], atol=1e-3)
     np.testing.assert_allclose(some["bias"], masked["bias"], atol=1e-3)
+
+
+def test_the_probe_of_small_features_is_that_of_large_ones():
+    train, _ = digits.digits()
+    x, labels = jnp.asarray(train["inputs"][:60]), jnp.asarray(train["labels"][:60] % 3)
+    large, small = (
+        features.logistic_regression(scale * x, labels, classes=3, l2=0.1)
+        for scale in (1.0, 1e-6)
+    )
+    np.testing.assert_allclose(1e-6 * small["kernel"], large["kernel"], atol=1e-3)
 
 
 def test_the_probe_may_be_vmapped_over_its_penalty():

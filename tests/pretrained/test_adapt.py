@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from jaxtransfer import nets, pretrained
 from jaxtransfer.model import from_linen
 from tests.pretrained.golden import FOLDER, NETWORKS, Golden
+from tests.twins import same
 
 KEY = jax.random.key(0)
 
@@ -87,6 +89,25 @@ def test_grids_that_do_not_fit_are_errors():
         pretrained.position_embeddings(old_grid=(4, 6), grid=(5, 5))(values, shape)
     with pytest.raises(ValueError, match="of one width"):
         pretrained.position_embeddings()(values, (1, 25, 8))
+
+
+def test_a_map_that_pytorch_flattened(tmp_path):
+    """The rows of a LeNet's dense layer, put in place one by one."""
+    model, images = from_linen(nets.LeNet(3, (2, 3), 6)), np.ones((1, 28, 32, 1))
+    ours, file = jax.jit(model.init)(KEY, images), tmp_path / "lenet.safetensors"
+    pretrained.save(file, ours)
+    weights = pretrained.read(file)
+    here = weights["features.dense.weight"]
+    there = np.zeros_like(here)
+    for h, w, c in np.ndindex(4, 5, 3):
+        there[:, (c * 4 + h) * 5 + w] = here[:, (h * 5 + w) * 3 + c]
+    save_file(weights | {"features.dense.weight": there}, file)
+    adapt = {"features/dense": pretrained.flattened((4, 5))}
+    found, _ = pretrained.load(file, model, images, adapt=adapt)
+    assert same(found, ours)
+    for grid, shape in (((4, 4), (60, 6)), ((4, 5), (60, 6, 1)), ((0, 5), (60, 6))):
+        with pytest.raises(ValueError, match=r"flattened: got the grid \(.*give \(he"):
+            pretrained.flattened(grid)(np.ones(shape), shape)
 
 
 def test_a_head_of_some_of_the_classes(tmp_path):

@@ -1,5 +1,6 @@
 """Loading is strict, rules say what may differ, and saving undoes it bit by bit."""
 
+import itertools
 import pickle
 import zipfile
 
@@ -12,9 +13,10 @@ from flax import nnx, serialization
 from safetensors.numpy import save_file
 
 from jaxtransfer import nets, pretrained, tree
-from jaxtransfer.model import from_linen, from_nnx
+from jaxtransfer.model import from_linen, from_nnx, with_head
 from jaxtransfer.typing import Variables
 from tests.pretrained.golden import NETWORKS, Golden
+from tests.twins import jitted, network, same
 
 KEY = jax.random.key(0)
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -196,6 +198,17 @@ def test_a_model_of_nnx_is_loaded_alike(golden, file, tmp_path):
     np.testing.assert_allclose(output, golden.stages["bn1"], atol=1e-5)
 
 
+def test_a_file_of_the_backbone_goes_under_a_new_head(golden, file):
+    model = with_head(resnet(), from_linen(nn.Dense(2)))
+    names = pretrained.torch(rename=[(r"^backbone\.", "")])
+    variables, report = pretrained.load(
+        file, model, IMAGE, names=names, fresh="head", key=KEY
+    )
+    mean = variables.model_state["backbone"]["batch_stats"]["bn1"]["mean"]
+    np.testing.assert_array_equal(mean, golden.weights["bn1.running_mean"])
+    assert report.fresh == ("head/bias", "head/kernel")
+
+
 # --- saving --------------------------------------------------------------------------
 
 
@@ -239,6 +252,26 @@ def test_every_format_gives_back_what_it_was_given(file, ending, tmp_path):
     assert again.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_network_with_a_head_comes_back(normalized, ending, tmp_path):
+    """Both parts with statistics at the same paths; a head without any state."""
+    head = network("linen", normalized=True) if normalized else from_linen(nn.Dense(2))
+    model = jitted(with_head(network("nnx", normalized=True), head))
+    numbers, rows = itertools.count(1), jnp.ones((2, 6))
+    variables = jax.tree.map(lambda x: x + next(numbers), model.init(KEY, rows))
+    file = tmp_path / f"headed.{ending}"
+    pretrained.save(file, variables)
+    mean = {
+        "safetensors": "backbone.blocks.0.norm.running_mean",
+        "npz": "batch_stats/backbone/blocks_0/norm/mean",
+    }
+    assert mean[ending] in pretrained.read(file)
+    back, _ = pretrained.load(file, model, rows)
+    assert same(back, variables)
+    assert model.apply(back, rows)[0].shape == (2, 3 if normalized else 2)
+
+
 def test_a_file_may_be_replaced_by_its_like(golden, tmp_path):
     file = golden.write(tmp_path)
     before = file.read_bytes()
@@ -258,6 +291,19 @@ def test_two_leaves_of_one_name_are_an_error(tmp_path):
     variables = Variables({"fc": {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}})
     with pytest.raises(ValueError, match="'fc.weight' is the name of 'fc/scale' and"):
         pretrained.save(tmp_path / "x.safetensors", variables)
+
+
+def test_bfloat16_is_refused_where_it_would_be_lost(tmp_path):
+    variables = Variables({"fc": {"kernel": jnp.full((2, 3), 1.5, jnp.bfloat16)}})
+    with pytest.raises(
+        ValueError, match=r"'params/fc/kernel', which is bfloat16.*safetensors or .msg"
+    ):
+        pretrained.save(tmp_path / "x.npz", variables)
+    assert not list(tmp_path.iterdir())
+    for ending in ("safetensors", "msgpack"):
+        pretrained.save(tmp_path / f"x.{ending}", variables)
+        (kernel,) = pretrained.read(tmp_path / f"x.{ending}").values()
+        assert kernel.dtype == jnp.bfloat16 and (kernel == 1.5).all()
 
 
 # --- formats -------------------------------------------------------------------------

@@ -149,6 +149,15 @@ def test_equal_weights_leave_the_mean_loss(float64):
         np.testing.assert_allclose(value, -weight * loss.mean(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("weight", [0.1, 1.5 + 2.0**-22, 9.357623e-14])
+@pytest.mark.parametrize("count", [3, 7, 20])
+def test_weights_equal_but_for_rounding_are_equal(weight, count):
+    """Their mean in float32 may be another number than each of them."""
+    loss = jnp.asarray(1 + abs(det((count,), 64)), jnp.float32)
+    value = scores.dev(loss, jnp.full(count, weight, jnp.float32))
+    np.testing.assert_allclose(value, -weight * loss.mean(), rtol=1e-5)
+
+
 def test_weighted_risks_estimate_the_target_risk():
     """Source N(0, 1), target N(1, 1), with the true ratio of their densities."""
     rng = np.random.default_rng(0)

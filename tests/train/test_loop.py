@@ -186,10 +186,39 @@ def test_a_state_behind_the_checkpoints_is_refused_and_one_ahead_goes_on(tmp_pat
         assert int(done.step) == 8 and checkpointer.latest_step == 8
 
 
+def test_a_state_changed_at_the_step_of_the_checkpoint_is_not_thrown_away(tmp_path):
+    with train.Checkpointer(tmp_path, every=2) as checkpointer:
+        state, _ = fit(steps=2, checkpointer=checkpointer)
+        output = state.params["output"] + 1
+        changed = state.replace(params={**state.params, "output": output})
+        message = "'params/output' differs .*state of step 0"
+        with pytest.raises(ValueError, match=message):
+            fit(state=changed, steps=3, checkpointer=checkpointer)
+        odd = state.replace(step=state.step + 1, model_state={"a": jnp.array(jnp.nan)})
+        checkpointer.save(3, odd, batches(), force=True)
+        same, _ = fit(state=odd, steps=3, checkpointer=checkpointer)
+        assert int(same.step) == 3, "a NaN is not itself"
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path):
+    with train.Checkpointer(tmp_path, every=4) as checkpointer:
+        fit(steps=4, checkpointer=checkpointer)
+        data = batches()
+        with pytest.raises(ValueError, match="steps: 2, but .* step 4 .*at least 4"):
+            fit(data, steps=2, checkpointer=checkpointer)
+        assert data.get_state() == batches().get_state(), "it was moved"
+        again, history = fit(steps=4, checkpointer=checkpointer)
+    assert int(again.step) == 4 and not history.train
+
+
 def test_plain_iterators_resume_with_a_warning(tmp_path):
     data = [next(batches())] * 4
     with train.Checkpointer(tmp_path, every=2) as checkpointer:
         fit(data, steps=2, checkpointer=checkpointer)
+        # Those that have a position are refused, with a remedy that a caller can take.
+        with pytest.raises(ValueError, match=r"give .*\(batch for batch in data\)"):
+            fit(batches(), steps=4, checkpointer=checkpointer)
+        data = (batch for batch in batches())
         with pytest.warns(UserWarning, match="data has no set_state: it starts over"):
             fit(data, steps=4, checkpointer=checkpointer)
 
@@ -261,6 +290,22 @@ def test_parameters_spoiled_by_a_finite_loss_are_not_saved(tmp_path):
         assert checkpointer.latest_step is None
 
 
+def test_parameters_spoiled_by_the_last_update_are_not_returned():
+    state = initial(ADAM)
+
+    def step(state, batch):
+        state, metrics = STEP(state, batch)
+        bad = jnp.where(state.step == 3, jnp.nan, 1.0)
+        return state.replace(
+            params=jax.tree.map(lambda x: x * bad, state.params)
+        ), metrics
+
+    with pytest.raises(
+        train.NonFiniteLossError, match="parameters .* step 3; there is"
+    ):
+        fit(step=step, state=state, steps=3)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_finish_the_step_save_and_restore_handlers(tmp_path, number):
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -281,6 +326,48 @@ def test_signals_finish_the_step_save_and_restore_handlers(tmp_path, number):
     assert history.series("loss")[0] == [3]
     assert "stopped by" in history.message and str(tmp_path / "3") in history.message
     assert {s: signal.getsignal(s) for s in before} == before
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(
+    tmp_path, monkeypatch
+):
+    """At steps that are saved as well; an evaluation in the records is not repeated."""
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # takes a second to close
+    seen, ends = [], {}  # at which step the process is asked to end, and how
+
+    def end(number):
+        if ends.get("signal") == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if ends.get("killed") == number:
+            raise KeyboardInterrupt
+
+    def step(state, batch):
+        end(int(state.step) + 1)
+        return STEP(state, batch)
+
+    def evaluate(state):
+        end(f"evaluation {int(state.step)}")
+        seen.append(int(state.step))
+        return {"a": 1.0}
+
+    def run(run_dir=tmp_path, **how):
+        seen.clear()
+        ends.clear()
+        ends.update(how)
+        with train.Checkpointer(tmp_path / "checkpoints", every=2) as checkpointer:
+            options = {"evaluate": evaluate, "eval_every": 2, "run_dir": run_dir}
+            return fit(step=step, steps=5, checkpointer=checkpointer, **options)
+
+    assert run(signal=2)[1].stopped == "SIGTERM" and seen == []
+    with pytest.raises(KeyboardInterrupt):
+        run(killed=3)
+    assert seen == [2]
+    with pytest.raises(KeyboardInterrupt):
+        run(killed="evaluation 4")
+    assert seen == [], "step 2 was in the records"
+    assert [r["step"] for r in read(tmp_path) if "eval/a" in r] == [2]
+    run(run_dir=None)  # nothing says what was evaluated
+    assert seen == [4, 5]
 
 
 def test_a_second_interrupt_interrupts_at_once():

@@ -33,6 +33,14 @@ def test_a_mask_of_examples_covers_their_values():
     values = jnp.arange(6.0).reshape(3, 2)
     pair = metrics.mean(values, where=jnp.array([True, True, False])[:, None])
     assert (float(pair.total), float(pair.count)) == (6.0, 4.0)
+    # The first axes are the examples, also where the last is as long.
+    pair = metrics.mean(values[:2], where=jnp.array([True, False]))
+    assert (float(pair.total), float(pair.count)) == (1.0, 2.0)
+
+
+def test_counts_below_one_are_weights():
+    assert float(metrics.value(Mean(0.25, 0.5))) == 0.5
+    assert float(metrics.value(Mean(0.0, 0.0))) == 0.0
 
 
 def test_scalars_count_as_one_value():

@@ -3,6 +3,7 @@
 import pathlib
 import posixpath
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,7 +83,7 @@ def read_index(path: pathlib.Path) -> dict[str, list[tuple[str, int]]]:
                 split: _read_labels(archive, members, f"mnist_m_{split}")
                 for split in ("train", "test")
             }
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise ValueError(f"{path} is damaged or isn't MNIST-M: {error}") from error
 
 
@@ -137,7 +138,7 @@ def read_image(archive: zipfile.ZipFile, member: str) -> bytes:
         encoded = archive.read(member)
         image = Image.open(io.BytesIO(encoded))
         image.load()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
         raise ValueError(f"{archive.filename}: {member} is damaged: {error}") from error
     if image.size != (_SIDE, _SIDE):
         raise ValueError(f"{archive.filename}: {member} is {image.size}, not 32x32")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import zipfile
+import zlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def load_episodes(
             archive.getinfo(f"{_POOL}.npy")
             arrays = {name: stored[name] for name in stored.files}
         drawn_of = str(arrays.pop(_POOL))
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} is not a file of tasks written by save_episodes, or it is damaged"
         ) from error

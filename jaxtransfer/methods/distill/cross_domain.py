@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import losses
-from jaxtransfer.methods._domains import gather, join
+from jaxtransfer.methods._domains import domains, gather, join
 from jaxtransfer.methods.distill.objective import divergence
 from jaxtransfer.methods.distill.student import of_student
 from jaxtransfer.train import metrics
@@ -56,10 +56,12 @@ def cross_domain_objective(
 
     Returns:
         Objective over ``{"source": {"inputs"}, "target": {"inputs"}}``. With
-        ``"labels"`` in ``source`` the student's cross-entropy there is added.
+        ``"labels"`` in ``source`` the student's cross-entropy there is added. The
+        metric ``distillation`` is that of the target, ``alignment`` the distance.
 
     Raises:
-        ValueError: (at the first call) source and target have different shapes.
+        ValueError: (at the first call) source and target have different shapes, or one
+            of them ``"where"``.
     """
 
     def value(
@@ -69,7 +71,7 @@ def cross_domain_objective(
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
-        source, target = batch["source"], batch["target"]
+        source, target = domains(batch)
         inputs = join(source["inputs"], target["inputs"])
         count = len(source["inputs"])
         logits, features, student_state = student.apply(
