@@ -18,6 +18,7 @@ Method = Literal[
     "BOIL",
     "Meta-SGD",
     "MAML++",
+    "MAML++ annealed",
     "meta-curvature",
     "CAVIA",
     "iMAML",

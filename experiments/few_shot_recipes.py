@@ -231,16 +231,16 @@ def _plus(**options: Any) -> Build:
     return _with(meta.per_layer_per_step, per_step=".*/norm", **options)
 
 
-def _annealed(learner: meta.Learner, setting: Setting, updates: int) -> Objective:
-    """Of first order in the first third of the run, as in MAML++.
-
-    And the losses after every step in its first tenth.
-    """
+def _multi_step(learner: meta.Learner, setting: Setting, updates: int) -> Objective:
+    """Losses after every step in the first tenth of the run, as in MAML++."""
     weights = meta.multi_step_weights(setting.steps, max(updates // 10, 1))
-    first, second = (
-        meta.objective(each, step_weights=weights)
-        for each in (_plus(first_order=True)(setting), learner)
-    )
+    return meta.objective(learner, step_weights=weights)
+
+
+def _annealed(learner: meta.Learner, setting: Setting, updates: int) -> Objective:
+    """And of first order in the first third of the run."""
+    first = _multi_step(_plus(first_order=True)(setting), setting, updates)
+    second = _multi_step(learner, setting, updates)
     return meta.stages((max(updates // 3, 1), first), (None, second))
 
 
@@ -264,6 +264,12 @@ RECIPES = {
     "BOIL": _meta_learned(_descend(rules="features")),
     "Meta-SGD": _meta_learned(_with(meta.meta_sgd), no_rate="it learned its rates"),
     "MAML++": _meta_learned(
+        _plus(),
+        objective=_multi_step,
+        steps=3,
+        no_rate="it learned its rates",
+    ),
+    "MAML++ annealed": _meta_learned(
         _plus(),
         objective=_annealed,
         steps=3,
