@@ -42,7 +42,7 @@ def cover(where: ArrayLike, values: ArrayLike) -> jax.Array:
     """A mask of the first axes of ``values`` as one that broadcasts to all of them.
 
     Example:
-        >>> cover([True, False], jnp.ones((2, 3))).shape
+        >>> cover(jnp.array([True, False]), jnp.ones((2, 3))).shape
         (2, 1)
     """
     where = jnp.asarray(where)
