@@ -238,7 +238,7 @@ def _multi_step(learner: meta.Learner, setting: Setting, updates: int) -> Object
 
 
 def _annealed(learner: meta.Learner, setting: Setting, updates: int) -> Objective:
-    """And of first order in the first third of the run."""
+    """As `_multi_step`, and of first order in the first third of the run."""
     first = _multi_step(_plus(first_order=True)(setting), setting, updates)
     second = _multi_step(learner, setting, updates)
     return meta.stages((max(updates // 3, 1), first), (None, second))

@@ -1,5 +1,6 @@
 """A count of updates in the model state, which weights and stages follow."""
 
+import jax
 import jax.numpy as jnp
 
 from jaxtransfer.typing import ModelState, Variables
@@ -20,6 +21,20 @@ def counted(variables: Variables) -> Variables:
     """
     state = {**variables.model_state, "updates": jnp.zeros((), jnp.int32)}
     return Variables(variables.params, state)
+
+
+def count_of(model_state: ModelState, follower: str) -> jax.Array:
+    """The updates so far.
+
+    Raises:
+        ValueError: nobody counts; names who follows the count.
+    """
+    if "updates" not in model_state:
+        raise ValueError(
+            f"{follower} follow the number of updates, which the model state lacks; "
+            "start from counted(variables), of distill or meta"
+        )
+    return model_state["updates"]
 
 
 def without_count(model_state: ModelState) -> ModelState:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.methods._counting import count_of
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -77,11 +78,7 @@ def stages(*parts: tuple[int | None, Objective]) -> Objective:
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
-        if "updates" not in model_state:
-            raise ValueError(
-                "stages follow the number of updates, which the model state lacks; "
-                "start from distill.counted(variables), or meta.counted"
-            )
+        updates = count_of(model_state, "stages")
         given = params, frozen, model_state, batch, key
         names: dict[str, Mean] = {}
         dtype = jnp.float32
@@ -95,14 +92,12 @@ def stages(*parts: tuple[int | None, Objective]) -> Objective:
                 loss, (state, measured) = _promoted(objective)(*given)
                 every = {name: measured.get(name, none) for name, none in names.items()}
                 every = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), every)
-                state = {**state, "updates": model_state["updates"] + 1}
+                state = {**state, "updates": updates + 1}
                 return jnp.asarray(loss, dtype), (state, every)
 
             return run
 
-        number = jnp.searchsorted(
-            jnp.asarray(ends), model_state["updates"], side="right"
-        )
+        number = jnp.searchsorted(jnp.asarray(ends), updates, side="right")
         return jax.lax.switch(number, [branch(part) for _, part in parts], *given)
 
     return value

@@ -1,5 +1,6 @@
 """Batch normalisation folded into the convolution before it."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -26,9 +27,7 @@ def folding_pays(inputs: AnyArray, window: Sequence[int]) -> bool:
     Returns:
         Whether it pays.
     """
-    columns = inputs.shape[-1]
-    for size in window:
-        columns *= size
+    columns = inputs.shape[-1] * math.prod(window)
     return columns <= _COLUMNS and jax.default_backend() == "cpu"
 
 
@@ -86,7 +85,17 @@ class FoldedBatchNorm(nn.Module):
 
         Returns:
             [batch, *spatial, features].
+
+        Raises:
+            ValueError: If the convolution has dilation or groups.
         """
+        dilations = conv.input_dilation, conv.kernel_dilation
+        if conv.feature_group_count != 1 or any(_dilates(x) for x in dilations):
+            raise ValueError(
+                "conv must have no dilation and no groups, got input_dilation, "
+                f"kernel_dilation={dilations}, feature_group_count="
+                f"{conv.feature_group_count}; use flax.linen.BatchNorm after it."
+            )
         given = conv.variables["params"]
         features = conv.features
         mean = self.variable("batch_stats", "mean", jnp.zeros, (features,))
@@ -114,6 +123,11 @@ class FoldedBatchNorm(nn.Module):
             patches, (kernel * factor).astype(dtype), precision=conv.precision
         )
         return outputs + (shift * factor + offset).astype(dtype)
+
+
+def _dilates(dilation: int | Sequence[int] | None) -> bool:
+    steps = (dilation,) if isinstance(dilation, int) else tuple(dilation or ())
+    return any(step != 1 for step in steps)
 
 
 def _moments(

@@ -67,7 +67,7 @@ def test_stages_that_can_not_follow_are_refused(lengths):
 
 def test_stages_without_a_count_are_refused():
     both = distill.stages((1, toward(0.0, "a")), (None, toward(1.0, "b")))
-    with pytest.raises(ValueError, match=r"start from distill.counted\(variables\)"):
+    with pytest.raises(ValueError, match=r"stages follow .*counted\(variables\)"):
         both({"w": jnp.zeros(())}, {}, {}, {}, KEY)
 
 

@@ -152,6 +152,17 @@ def test_the_first_block_of_conv4_is_folded_and_nothing_shows(monkeypatch):
     close(found, apart(start.params), 2e-4)
 
 
+@pytest.mark.parametrize(
+    "options", [{"kernel_dilation": 2}, {"feature_group_count": 2}]
+)
+def test_dilation_and_groups_are_refused(options):
+    conv = nn.Conv(4, (3, 3), **options)
+    variables = {"params": conv.init(KEY, jnp.ones((1, 8, 8, 2)))["params"]}
+    norm = nets.FoldedBatchNorm(use_running_average=False)
+    with pytest.raises(ValueError, match="no dilation and no groups"):
+        norm.init(KEY, jnp.ones((1, 8, 8, 2)), conv.bind(variables))
+
+
 def test_many_columns_are_not_folded():
     assert folding.folding_pays(np.ones((1, 8, 8, 3)), (3, 3))
     assert not folding.folding_pays(np.ones((1, 8, 8, 4)), (3, 3))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtransfer.methods._counting import without_count
+from jaxtransfer.methods._counting import count_of, without_count
 from jaxtransfer.methods.meta.chunks import Chunk, mean_over_tasks
 from jaxtransfer.methods.meta.learner import Learner
 from jaxtransfer.train import metrics as metrics_lib
@@ -171,7 +171,7 @@ def objective(
         network_state = without_count(model_state)
         weights = None
         if step_weights is not None:
-            weights = step_weights(_count(model_state))
+            weights = step_weights(count_of(model_state, "step_weights"))
         loss, (measured, states) = mean(
             params, frozen, (network_state, weights), batch, key
         )
@@ -192,15 +192,6 @@ def _toward(state: ModelState, states: ModelState, kept: float) -> ModelState:
         return kept * old + (1 - kept) * jnp.mean(new, axis=0)
 
     return jax.tree.map(move, state, states)
-
-
-def _count(model_state: ModelState) -> jax.Array:
-    if "updates" not in model_state:
-        raise ValueError(
-            "step_weights follow the number of updates, which the model state lacks; "
-            "start from meta.counted(variables)"
-        )
-    return model_state["updates"]
 
 
 def _next(model_state: ModelState, network_state: ModelState) -> ModelState:
