@@ -45,7 +45,8 @@ class Config(StudyConfig):
     query: Path = tyro.MISSING
     """Folder of the images to predict, IMAGE or CLASS/IMAGE."""
     steps: int | None = None
-    """Gradient steps, of methods that take any; as saved with the network if None."""
+    """Gradient steps; as saved with the network if None. Refused by methods that take
+    none."""
     rate: float | None = None
     """Rate of the inner SGD, as it is taken; as in training if None. Refused by methods
     that learn their rates (Meta-SGD, MAML++) or take no gradient steps."""
@@ -84,15 +85,16 @@ def adapt(
     Args:
         saved: from :func:`experiments.few_shot_saved.load`.
         support: ``inputs``, ``labels`` and ``names`` of ``data.image_folder``.
-        steps: inner steps; as saved with the network if None.
+        steps: inner steps; as saved with the network if None. Not for methods that take
+            none.
         rate: of the inner SGD, if another than in training; not for methods that learn
             their rates or take no gradient steps.
         seed: of the networks that draw while they adapt.
 
     Raises:
         ValueError: images of another size than the network's, fewer than two classes,
-            more than it can tell apart, or a rate that is not positive or not for its
-            method.
+            more than it can tell apart, a rate that is not positive, or steps or a rate
+            that are not for its method.
         FloatingPointError: a step diverged.
     """
     ways = len(support["names"])

@@ -57,6 +57,7 @@ class Recipe:
         steps: fewest inner steps in training, where the study has fewer.
         rate: of the inner SGD, of the study's.
         no_rate: why there is no such rate to choose when it adapts, if there is none.
+        descends: whether it takes gradient steps when it adapts.
     """
 
     build: Build | None
@@ -71,6 +72,7 @@ class Recipe:
     steps: int = 0
     rate: Callable[[float], float] = lambda rate: rate
     no_rate: str = ""
+    descends: bool = True
 
 
 def _descend(**options: Any) -> Build:
@@ -88,7 +90,8 @@ def _meta_learned(build: Build, **options: Any) -> Recipe:
 
 
 def _comparing(build: Build, **options: Any) -> Recipe:
-    return _meta_learned(build, no_rate="it takes no gradient steps", **options)
+    none = {"no_rate": "it takes no gradient steps", "descends": False}
+    return _meta_learned(build, **none, **options)
 
 
 def _with(learned: Callable[[float], meta.Learned], **options: Any) -> Build:

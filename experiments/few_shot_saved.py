@@ -84,12 +84,12 @@ class Saved:
 
         Args:
             ways: classes of the task.
-            steps: inner steps; ``test_steps`` if None.
+            steps: inner steps; ``test_steps`` if None. Not for methods that take none.
             rate: of the inner SGD, if another than in training.
 
         Raises:
             ValueError: more classes than the head has outputs, a rate that is not
-                positive, or one for a method that has none to choose.
+                positive, or steps or a rate for a method that has none to choose.
         """
         free = self.method in ANY_WAYS
         if ways > self.ways and not free:
@@ -97,6 +97,11 @@ class Saved:
                 f"support: {ways} classes, but this {self.method} network has a head "
                 f"of {self.ways}; take classes out, train one with --ways {ways}, or "
                 f"use one of {', '.join(ANY_WAYS)}, which take any number"
+            )
+        if steps is not None and not RECIPES[self.method].descends:
+            raise ValueError(
+                f"steps: got {steps}, but {self.method} takes no gradient steps; leave "
+                "it out"
             )
         if rate is not None:
             if why := RECIPES[self.method].no_rate:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtransfer.losses.directions import unit
@@ -208,7 +209,8 @@ def pseudo_label(
         FixMatch's.
 
     Raises:
-        ValueError: If the shapes differ, or ``where`` does not fit.
+        ValueError: If the shapes differ, ``where`` does not fit, or the threshold can
+            be seen and is not in [0, 1].
 
     Example:
         >>> import jax.numpy as jnp
@@ -227,6 +229,8 @@ def pseudo_label(
             "logits and labelling_logits must have the same shape, got "
             f"{logits.shape} and {labelling.shape}."
         )
+    if not isinstance(threshold, Tracer) and not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}.")
     labelling = jax.lax.stop_gradient(labelling)
     sure = jnp.max(jax.nn.softmax(labelling), axis=-1) >= threshold
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
@@ -265,8 +269,8 @@ def virtual_adversarial(
         Losses [batch], not negative up to rounding, float32 or wider.
 
     Raises:
-        ValueError: If ``iterations`` is below 1, the logits are no matrix of the batch,
-            or ``where`` does not fit.
+        ValueError: If ``iterations`` is below 1, ``probe`` is not positive, the logits
+            are no matrix of the batch, or ``where`` does not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -283,6 +287,7 @@ def virtual_adversarial(
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")
+    check_positive("probe", probe)
     inputs = widen(inputs)
     if where is not None:
         where = check_mask("where", where, inputs.shape[:1])

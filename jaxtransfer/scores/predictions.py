@@ -36,7 +36,8 @@ def log_expected_empirical_prediction(
 
     Raises:
         ValueError: If shapes do not match, labels are out of range, or traced without
-            ``classes``; if probabilities that can be seen are negative.
+            ``classes``; if probabilities that can be seen are negative, or those of an
+            example that counts do not sum to 1 (to 2 %, as low precision may have it).
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,11 +53,8 @@ def log_expected_empirical_prediction(
     rows, member, weights = labelled_rows(
         "probabilities", probabilities, labels, classes, where
     )
-    if not isinstance(rows, Tracer) and rows.is_fully_addressable and (rows < 0).any():
-        raise ValueError(
-            f"probabilities must not be negative, got {float(rows.min())}; give "
-            "jax.nn.softmax(logits)."
-        )
+    if not isinstance(rows, Tracer) and rows.is_fully_addressable:
+        _check_probabilities(rows, weights)
     joint = product(member.T, rows)  # [classes, source classes]
     conditional = joint / _nonzero(jnp.sum(joint, axis=0))
     expected = jnp.sum(member * product(rows, conditional.T), axis=1)
@@ -65,6 +63,23 @@ def log_expected_empirical_prediction(
 
 
 leep = log_expected_empirical_prediction
+
+
+def _check_probabilities(rows: Array, weights: Array) -> None:
+    if (rows < 0).any():
+        raise ValueError(
+            f"probabilities must not be negative, got {float(rows.min())}; give "
+            "jax.nn.softmax(logits)."
+        )
+    sums = rows.sum(axis=1)
+    if (
+        not isinstance(weights, Tracer)
+        and (wrong := (weights > 0) & (abs(sums - 1) > 0.02)).any()
+    ):
+        raise ValueError(
+            "probabilities of an example must sum to 1, got a sum of "
+            f"{float(sums[wrong.argmax()])}; give jax.nn.softmax(logits)."
+        )
 
 
 def negative_conditional_entropy(

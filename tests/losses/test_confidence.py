@@ -200,6 +200,10 @@ def test_says_what_is_wrong(types_unchecked):
         confidence.virtual_adversarial(jnp.ones((2, 2)), lambda x: x.sum())
     with pytest.raises(ValueError, match="must have the same shape"):
         confidence.pseudo_label(jnp.ones((2, 2)), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 95"):
+        confidence.pseudo_label(jnp.ones((2, 2)), jnp.ones((2, 2)), threshold=95.0)
+    with pytest.raises(ValueError, match="probe must be positive, got 0"):
+        confidence.virtual_adversarial(jnp.ones((2, 2)), lambda x: x, probe=0.0)
     with pytest.raises(ValueError, match=r"logits must be \[batch, classes\]"):
         confidence.minimum_class_confusion(jnp.ones(3))
     for temperature in (0.0, -1.0, jnp.array(0.0)):

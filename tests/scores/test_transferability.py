@@ -303,6 +303,7 @@ def test_features_are_not_centred_for_the_evidence(float64):
         (lambda f, y: scores.gbc(f, y, components=0), "components must be at least 1"),
         (lambda f, y: scores.gbc(f, y, least_variance=0.0), "least_variance must be p"),
         (lambda f, y: scores.leep(f, y), "not be negative, got -.*softmax"),
+        (lambda f, y: scores.leep(-f, y), "sum to 1, got a sum of 2.*softmax"),
         (lambda f, y: scores.nce(f, y), "predictions must be one integer a row"),
         (lambda f, y: scores.nce(y, y[:2]), "labels must be one integer a row"),
     ],
