@@ -6,8 +6,9 @@ batches of 256 with 1,000 classes, embeddings of 512 and maps of 32 x 32 x 64. B
 the same numbers and must return the same value. Needs PyTorch (``pip install torch``).
 ``--memory`` adds what each holds beside its inputs: of the compiled program here, by
 the profiler for the peer. Both run with `jaxtransfer.parallel.keep_host_memory`, unless
-``--fresh`` is given. On a GPU all is compiled before anything is timed, by as many
-threads as there are cores.
+``--fresh`` is given. On a GPU some rows at a time are compiled, by as many threads as
+there are cores, and then timed. The files are written anew after every row, so a run
+that is stopped leaves what it has.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import json
 import os
 import pkgutil
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,6 +68,18 @@ def in_torch(row: peers.Row):
         return value.detach(), *torch.autograd.grad(value, jax.tree.leaves(wrt))
 
     return pytorch.waited_for(run)
+
+
+def compiled_together(chosen: dict[str, peers.Row], name: str) -> dict[str, Any]:
+    """The calls of a row and of those that follow it, compiled by many threads."""
+    names, cores = list(chosen), os.cpu_count() or 1
+    begin = names.index(name)
+    calls = {n: in_jax(chosen[n]) for n in names[begin : begin + 2 * cores]}
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(cores) as threads:
+        list(threads.map(lambda run: run(), calls.values()))
+    print(f"({len(calls)} compiled in {time.perf_counter() - start:.0f} s)", flush=True)
+    return calls
 
 
 def memory_of_jax(row: peers.Row) -> float:
@@ -127,15 +142,23 @@ def main() -> None:
         for name, row in rows().items()
         if not options.only or any(word in name for word in options.only)
     }
-    compiled = {}
-    if pytorch.device().type != "cpu":  # whose caches and cores this would disturb
-        compiled = {name: in_jax(row) for name, row in chosen.items()}
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(lambda run: run(), compiled.values()))
-    record = {}
+    facts = {
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "device": jax.devices()[0].device_kind,
+        "precision": precision,
+        "cores": os.cpu_count(),
+        "memory kept": kept,
+    }
+    on_cpu = pytorch.device().type == "cpu"
+    compiled, record = {}, {}
     print(f"{'loss':<40} {'jax ms':>9} {'torch ms':>9} {'ratio':>6}  of")
     for name, row in chosen.items():
-        ours, theirs = compiled.pop(name, None) or in_jax(row), in_torch(row)
+        if not on_cpu and name not in compiled:
+            compiled = compiled_together(chosen, name)
+        # On a CPU one by one: many programs would disturb its caches.
+        ours = in_jax(row) if on_cpu else compiled.pop(name)
+        theirs = in_torch(row)
         if row.rtol is not None:
             np.testing.assert_allclose(
                 float(ours()[0]), float(theirs()[0]), rtol=row.rtol, err_msg=name
@@ -152,20 +175,12 @@ def main() -> None:
             f"  {row.of} {record[name].get('megabytes', '')}",
             flush=True,
         )
+        if options.table is not None:
+            options.table.write_text(table(record))
+        if options.json is not None:
+            options.json.write_text(json.dumps({**facts, "losses": record}, indent=2))
     slow = [name for name, entry in record.items() if entry["ratio"] > 1.1]
     print(f"{len(record)} losses, {len(slow)} slower than 1.1: {', '.join(slow)}")
-    if options.table is not None:
-        options.table.write_text(table(record))
-    if options.json is not None:
-        facts = {
-            "jax": jax.__version__,
-            "torch": torch.__version__,
-            "device": jax.devices()[0].device_kind,
-            "precision": precision,
-            "cores": os.cpu_count(),
-            "memory kept": kept,
-        }
-        options.json.write_text(json.dumps({**facts, "losses": record}, indent=2))
 
 
 if __name__ == "__main__":
