@@ -182,27 +182,21 @@ def test_gradient_is_that_of_finite_differences(case, float64):
         return sum(jax.tree.leaves(terms))
 
     some = jax.tree.map(np.asarray, tuple(arrays[i] for i in case.differentiable))
-    leaves, structure = jax.tree.flatten(some)
     _, gradient = of(some)
-    step = 1e-5
     for seed in range(3):
-        random = np.random.default_rng(seed)
-        direction = [random.normal(size=leaf.shape) for leaf in leaves]
-        ahead, behind = (
-            of(
-                structure.unflatten(
-                    [x + h * v for x, v in zip(leaves, direction, strict=True)]
-                )
-            )[0]
-            for h in (step, -step)
-        )
-        slope = sum(
-            np.sum(g * v)
-            for g, v in zip(jax.tree.leaves(gradient), direction, strict=True)
-        )
-        np.testing.assert_allclose(
-            slope, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-6
-        )
+        direction = _random(some, seed)
+        slope = sum(jax.tree.leaves(jax.tree.map(np.vdot, gradient, direction)))
+        ahead, behind = (of(_moved(some, direction, step))[0] for step in (1e-5, -1e-5))
+        np.testing.assert_allclose(slope, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-6)
+
+
+def _random(arrays, seed):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: random.normal(size=leaf.shape), arrays)
+
+
+def _moved(arrays, direction, step):
+    return jax.tree.map(lambda leaf, v: leaf + step * v, arrays, direction)
 
 
 @having(lambda case: case.stopped)
