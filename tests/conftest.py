@@ -6,6 +6,7 @@ Python's garbage collector, which would walk all traces again and again, runs on
 file, and what a file compiled goes when memory runs high.
 """
 
+import ctypes
 import gc
 import importlib.util
 import os
@@ -18,7 +19,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 # As environment variables too, so that the processes a test starts share them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax  # noqa: E402
@@ -107,13 +108,19 @@ def _tidy() -> Iterator[None]:
     """After each file: collect garbage, and drop compiled programs if they are many.
 
     What survives one collection is left out of the next, until programs are dropped.
+    The memory they had goes back, or each file after would be taken for a large one.
     """
     yield
-    if _resident_gigabytes() > 2.5:
+    many = _resident_gigabytes() > 2.5
+    if many:
         jax.clear_caches()
         gc.unfreeze()
     gc.collect()
     gc.freeze()
+    if many and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim is not None:
+            trim(0)
 
 
 @pytest.fixture
