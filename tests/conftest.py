@@ -7,6 +7,7 @@ file, and what a file compiled goes when memory runs high.
 """
 
 import ctypes
+import functools
 import gc
 import importlib.util
 import os
@@ -63,11 +64,16 @@ def _compile_quickly() -> None:
     the older code, which tests marked "present_code" don't get, in a third to a half.
     JAX takes such options for a single function, or by XLA_FLAGS for the whole process
     and only if this XLA knows them; so its own function is wrapped, if it is there.
+    And all programs are written down in one MLIR context: JAX makes one for each, which
+    for small ones is a fifth of the time.
     """
     from jax._src import compiler
+    from jax._src.interpreters import mlir
 
     from jaxtransfer import parallel
 
+    if hasattr(mlir, "make_ir_context"):
+        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
     original = getattr(compiler, "get_compile_options", None)
     older = parallel.if_known("xla_cpu_use_fusion_emitters", False)
     whole = parallel.if_known("xla_cpu_parallel_codegen_split_count", 1)
