@@ -155,7 +155,7 @@ def _compiler_options(mesh: Mesh | None) -> dict[str, str]:
 
 
 @functools.cache
-def if_known(option: str, value: str | bool | int) -> dict[str, Any]:
+def if_known(option: str, value: str | int) -> dict[str, Any]:
     """Compiler options of one entry; none where this version of XLA lacks it."""
     options = {option: value}
     nothing = jax.jit(lambda: 0, compiler_options=options)

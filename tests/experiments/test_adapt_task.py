@@ -13,6 +13,7 @@ from PIL import Image
 
 from experiments import adapt_task, few_shot_saved
 from experiments.common import command_line
+from experiments.few_shot_recipes import RECIPES
 from jaxtransfer import data
 from jaxtransfer.train import DamagedCheckpointError
 
@@ -156,7 +157,8 @@ def test_methods_can_be_built_for_another_number_of_classes(method):
     ways = 4 if method in few_shot_saved.ANY_WAYS else 2
     about = {"method": method, **ABOUT}
     saved = few_shot_saved.Saved(**about, variables=few_shot_saved._blank(about))
-    learner, variables = saved.learner(ways, steps=3 if method == "ProtoMAML" else None)
+    steps = 3 if RECIPES[method].descends else None
+    learner, variables = saved.learner(ways, steps=steps)
     rows = {
         "inputs": np.zeros((5, 8, 8, 1), np.float32),
         "labels": np.arange(5) % ways,
