@@ -103,13 +103,14 @@ def _centroid(features, logits, rounds=1):
         p = F.softmax(logits, 1)
         extended = torch.cat([features, features.new_ones(len(features), 1)], 1)
         extended = F.normalize(extended, dim=1)
-        weights = p
+        hard = torch.eye(logits.shape[1], device=logits.device)
+        weights, found = p, hard[p.argmax(1)]
         for _ in range(rounds + 1):
             centroids = weights.T @ extended
             cosines = extended @ F.normalize(centroids, dim=1).T
-            cosines[:, weights.sum(0) == 0] = -torch.inf
+            cosines[:, found.sum(0) == 0] = -torch.inf
             labels = cosines.argmax(1)
-            weights = torch.eye(logits.shape[1], device=logits.device)[labels]
+            weights = found = hard[labels]
     return F.cross_entropy(logits, labels)
 
 

@@ -1,9 +1,12 @@
 """One process of a run over several: prints nothing, writes what it has learned.
 
+A run that is stopped and goes on from its checkpoints must equal the one that is not.
+
 ``python worker.py PROCESSES PROCESS PORT OUT``; one process takes all eight devices.
 """
 
 import os
+import pathlib
 import sys
 
 processes, process, port, out = *map(int, sys.argv[1:4]), sys.argv[4]
@@ -26,7 +29,13 @@ import optax  # noqa: E402
 from jaxtransfer import nets, tree  # noqa: E402
 from jaxtransfer.methods import adapt, finetune, meta  # noqa: E402
 from jaxtransfer.model import from_linen  # noqa: E402
-from jaxtransfer.train import init_state, metrics, train_step  # noqa: E402
+from jaxtransfer.train import (  # noqa: E402
+    Checkpointer,
+    fit,
+    init_state,
+    metrics,
+    train_step,
+)
 
 ROWS = 16
 
@@ -77,4 +86,48 @@ for name, (objective, variables, draw) in runs.items():
     results |= {f"{name}/{p}": v for p, v in tree.flatten(state.params).items()}
     results[f"{name}/loss"] = metrics.finalize(measured)["loss"]
     results[f"{name}/key"] = jax.random.key_data(state.key)
+
+
+class Positioned:
+    """Batches that know where they are."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at += 1
+        return mine(batches(self.at))
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = int(state["at"])
+
+
+step = parallel.jit_step(train_step(task, optimizer), mesh)
+
+
+def fitted(steps, **options):
+    """The parameters after so many updates, and where they began."""
+    state = init_state(key, start, optimizer)
+    state, history = fit(
+        step, state, Positioned(), steps=steps, log_every=1, progress=False, **options
+    )
+    return tree.flatten(state.params), history.train[0]["step"]
+
+
+whole, _ = fitted(6)
+folder = pathlib.Path(out).parent / f"run of {processes}"
+with Checkpointer(folder, every=2) as checkpointer:
+    fitted(3, checkpointer=checkpointer)
+with Checkpointer(folder, every=2) as checkpointer:
+    resumed, first = fitted(6, checkpointer=checkpointer)
+assert first == 4, first
+for path, value in resumed.items():
+    np.testing.assert_array_equal(np.asarray(value), np.asarray(whole[path]), path)
+results |= {f"fit/{path}": value for path, value in whole.items()}
 np.savez(out, **{name: np.asarray(value) for name, value in results.items()})
