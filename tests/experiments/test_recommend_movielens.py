@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import rating_baselines as linear
+from experiments import rating_networks as networks
 from experiments import ratings as lib
 from experiments import recommend_movielens as study
 from jaxtransfer import data
@@ -99,10 +100,10 @@ def test_seeds_differ_but_for_the_validation_users():
 
 
 def test_episodes_split_the_support_of_training_users(key):
-    tables = study.tables_of(SMOKE, RATINGS, identity=True)
+    tables = networks.tables_of(SMOKE, RATINGS, identity=True)
     config = dataclasses.replace(SMOKE, hidden=0.0)
     mean = lib.training_mean(SPLIT)
-    draw = functools.partial(jax.jit, static_argnums=0)(study.draw_tasks)
+    draw = functools.partial(jax.jit, static_argnums=0)(networks.draw_tasks)
     episodes = jax.device_get(draw(config, key, tables, SPLIT, mean))
     split = jax.device_get(SPLIT)
     known = [set(split.items[row][split.where[row]].tolist()) for row in split.train]
@@ -129,8 +130,8 @@ def test_padding_changes_nothing(key):
         ratings=jnp.concatenate([SPLIT.ratings, jnp.full(shape, 99.0)], -1),
         where=jnp.concatenate([SPLIT.where, jnp.zeros(shape, bool)], -1),
     )
-    tables = study.tables_of(SMOKE, RATINGS, identity=True)
-    compiled = study.programs(SMOKE, tables)
+    tables = networks.tables_of(SMOKE, RATINGS, identity=True)
+    compiled = networks.programs(SMOKE, tables)
     params = compiled.start(key).params
 
     def predictions(split):
