@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -72,7 +72,7 @@ def class_queue(classes: int, features: int, *, size: int = 40) -> ClassQueue:
 
 def enqueue(
     features: Float[AnyArray, "batch features"],
-    labels: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     queue: ClassQueue,
     *,
     where: Bool[AnyArray, " batch"] | None = None,
@@ -130,7 +130,7 @@ def enqueue(
 def categorical_contrastive(
     features: Float[AnyArray, "batch features"],
     keys: Float[AnyArray, "batch features"],
-    labels: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     queue: Float[AnyArray, "classes size features"],
     *,
     temperature: float | Float[AnyArray, ""] = 0.07,
@@ -192,7 +192,7 @@ def categorical_contrastive(
 def contrastive_cross_entropy(
     features: Float[AnyArray, "batch features"],
     prototypes: Float[AnyArray, "classes features"],
-    labels: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     queue: Float[AnyArray, "classes size features"],
     *,
     temperature: float | Float[AnyArray, ""] = 0.07,

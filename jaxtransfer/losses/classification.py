@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
-from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.reduction import check_mask, integers, widen
 from jaxtransfer.ops.order import argmax
 from jaxtransfer.typing import AnyArray
 
 
 def cross_entropy(
     logits: Float[AnyArray, "*batch classes"],
-    labels: Int[AnyArray, "*batch"],
+    labels: Integer[AnyArray, "*batch"],
     *,
     label_smoothing: float = 0.0,
     where: Bool[AnyArray, "*batch"] | None = None,
@@ -111,7 +111,7 @@ def mean_squared_error(
 
 def accuracy(
     logits: Float[AnyArray, "*batch classes"],
-    labels: Int[AnyArray, "*batch"],
+    labels: Integer[AnyArray, "*batch"],
     *,
     where: Bool[AnyArray, "*batch"] | None = None,
 ) -> Float[Array, "*batch"]:
@@ -143,7 +143,7 @@ def accuracy(
 
 def classified(logits, labels, where):
     """Checked, widened, and with harmless values where the mask is False."""
-    logits, labels = widen(logits), jnp.asarray(labels)
+    logits, labels = widen(logits), integers(labels)
     if logits.ndim < 1 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must have the shape of logits without the classes, got logits "

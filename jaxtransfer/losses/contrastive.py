@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.memory import (
@@ -81,11 +81,11 @@ def contrastive_memory(
 
 def sample_negatives(
     key: Key[Array, ""],
-    labels: Int[AnyArray, " examples"],
-    indices: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " examples"],
+    indices: Integer[AnyArray, " batch"],
     *,
     count: int = 16384,
-    order: Int[AnyArray, " examples"] | None = None,
+    order: Integer[AnyArray, " examples"] | None = None,
     where: Bool[AnyArray, " batch"] | None = None,
 ) -> Int[Array, "batch {count}"]:
     """Draw negatives for contrastive distillation (CRD): examples of other classes.
@@ -164,8 +164,8 @@ def sample_negatives(
 def contrastive_representation_distillation(
     student_embeddings: Float[AnyArray, "batch features"],
     teacher_embeddings: Float[AnyArray, "batch features"],
-    indices: Int[AnyArray, " batch"],
-    negatives: Int[AnyArray, "batch count"],
+    indices: Integer[AnyArray, " batch"],
+    negatives: Integer[AnyArray, "batch count"],
     memory: ContrastiveMemory,
     *,
     temperature: float | Float[AnyArray, ""] = 0.07,
@@ -249,8 +249,8 @@ def contrastive_representation_distillation(
 def update_contrastive_memory(
     student_embeddings: Float[AnyArray, "batch features"],
     teacher_embeddings: Float[AnyArray, "batch features"],
-    indices: Int[AnyArray, " batch"],
-    negatives: Int[AnyArray, "batch count"],
+    indices: Integer[AnyArray, " batch"],
+    negatives: Integer[AnyArray, "batch count"],
     memory: ContrastiveMemory,
     *,
     temperature: float | Float[AnyArray, ""] = 0.07,
@@ -336,7 +336,7 @@ def contrastive_distillation(
     *,
     temperature: float | Float[AnyArray, ""] = 0.07,
     symmetric: bool = False,
-    labels: Int[AnyArray, " batch"] | None = None,
+    labels: Integer[AnyArray, " batch"] | None = None,
     where: Bool[AnyArray, " batch"] | None = None,
 ) -> Float[Array, " batch"]:
     """Contrastive distillation within a batch (InfoNCE), without a memory, per example.

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.directions import root
-from jaxtransfer.losses.reduction import check_mask, mean, widen
+from jaxtransfer.losses.reduction import check_mask, integers, mean, widen
 from jaxtransfer.losses.softened import (
     check_positive,
     counted,
@@ -359,7 +359,7 @@ def top_k_knowledge_distillation(
 def cached_knowledge_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
     teacher_log_probabilities: Float[AnyArray, "*batch k"],
-    indices: Int[AnyArray, "*batch k"],
+    indices: Integer[AnyArray, "*batch k"],
     *,
     tail: Literal["renormalize", "bucket"] = "renormalize",
     temperature: float | Float[AnyArray, "*#batch"] = 1.0,
@@ -405,7 +405,7 @@ def cached_knowledge_distillation(
     if tail not in ("renormalize", "bucket"):
         raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}.')
     student, log_p = widen(student_logits), widen(teacher_log_probabilities)
-    log_p, indices = jax.lax.stop_gradient(log_p), jnp.asarray(indices)
+    log_p, indices = jax.lax.stop_gradient(log_p), integers(indices)
     batch, own = student.shape[:-1], student.shape[-1]
     if classes is not None and classes != own:
         raise ValueError(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.distillation import knowledge_distillation
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -212,7 +212,7 @@ def learning_without_forgetting(
 
 def category_relationship(
     probabilities: Float[AnyArray, "n source_classes"],
-    labels: Int[AnyArray, " n"],
+    labels: Integer[AnyArray, " n"],
     classes: int,
     *,
     where: Bool[AnyArray, " n"] | None = None,
@@ -315,7 +315,7 @@ def calibrated_category_relationship(
 
 def co_tuning(
     logits: Float[AnyArray, "batch source_classes"],
-    labels: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     relationship: Float[AnyArray, "classes source_classes"],
     *,
     where: Bool[AnyArray, " batch"] | None = None,

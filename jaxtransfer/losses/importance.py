@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Integer, PyTree, Shaped
 
-from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.reduction import check_mask, integers, widen
 from jaxtransfer.ops.sums import sum_first
 from jaxtransfer.ops.varying import vary, varying_axes
 from jaxtransfer.typing import AnyArray
@@ -23,7 +23,7 @@ def fisher_information(
     inputs: PyTree[Shaped[AnyArray, "n ..."]],
     log_probabilities: Callable[[Any, Any], Float[Array, " classes"]],
     *,
-    labels: Int[AnyArray, " n"] | None = None,
+    labels: Integer[AnyArray, " n"] | None = None,
     key: Array | None = None,
     chunk_size: int | None = 16,
     where: Bool[AnyArray, " n"] | None = None,
@@ -287,7 +287,7 @@ def _keep(where, leaf):
 
 
 def _labels(labels, where, count, classes):
-    labels = jnp.asarray(labels)
+    labels = integers(labels)
     if labels.shape != (count,):
         raise ValueError(f"labels must be [{count}] as inputs, got {labels.shape}.")
     outside = where & ((labels < 0) | (labels >= classes))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.discrepancy import bandwidths, coefficients, kernel_of, sums_of
 from jaxtransfer.losses.sets import (
@@ -107,7 +107,7 @@ def joint_maximum_mean_discrepancy(
 def local_maximum_mean_discrepancy(
     source: Float[AnyArray, "n features"],
     target: Float[AnyArray, "m features"],
-    source_labels: Int[AnyArray, " n"],
+    source_labels: Integer[AnyArray, " n"],
     target_probabilities: Float[AnyArray, "m classes"],
     *,
     multipliers: Sequence[float] = POWERS,
@@ -170,8 +170,8 @@ def local_maximum_mean_discrepancy(
 def contrastive_domain_discrepancy(
     source: Float[AnyArray, "n features"],
     target: Float[AnyArray, "m features"],
-    source_labels: Int[AnyArray, " n"],
-    target_labels: Int[AnyArray, " m"],
+    source_labels: Integer[AnyArray, " n"],
+    target_labels: Integer[AnyArray, " m"],
     *,
     classes: int = 2,
     multipliers: Sequence[float] = POWERS,

@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.distillation import knowledge_distillation
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -25,7 +25,7 @@ from jaxtransfer.typing import AnyArray
 def target_class_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
     teacher_logits: Float[AnyArray, "*batch classes"],
-    labels: Int[AnyArray, "*batch"],
+    labels: Integer[AnyArray, "*batch"],
     *,
     temperature: float | Float[AnyArray, "*#batch"] = 4.0,
     where: Bool[AnyArray, "*batch"] | None = None,
@@ -74,7 +74,7 @@ def target_class_distillation(
 def nontarget_class_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
     teacher_logits: Float[AnyArray, "*batch classes"],
-    labels: Int[AnyArray, "*batch"],
+    labels: Integer[AnyArray, "*batch"],
     *,
     temperature: float | Float[AnyArray, "*#batch"] = 4.0,
     where: Bool[AnyArray, "*batch"] | None = None,
@@ -120,7 +120,7 @@ def nontarget_class_distillation(
 def decoupled_knowledge_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
     teacher_logits: Float[AnyArray, "*batch classes"],
-    labels: Int[AnyArray, "*batch"],
+    labels: Integer[AnyArray, "*batch"],
     *,
     alpha: float | Float[AnyArray, ""] = 1.0,
     beta: float | Float[AnyArray, ""] = 8.0,
@@ -174,7 +174,7 @@ def decoupled_knowledge_distillation(
 def normalized_knowledge_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
     teacher_logits: Float[AnyArray, "*batch classes"],
-    labels: Int[AnyArray, "*batch"],
+    labels: Integer[AnyArray, "*batch"],
     *,
     gamma: float | Float[AnyArray, ""] = 1.5,
     temperature: float | Float[AnyArray, "*#batch"] = 1.0,
@@ -229,7 +229,7 @@ def normalized_knowledge_distillation(
 def weighted_soft_label_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
     teacher_logits: Float[AnyArray, "*batch classes"],
-    labels: Int[AnyArray, "*batch"],
+    labels: Integer[AnyArray, "*batch"],
     *,
     temperature: float | Float[AnyArray, "*#batch"] = 2.0,
     where: Bool[AnyArray, "*batch"] | None = None,
@@ -282,7 +282,7 @@ def weighted_soft_label_distillation(
 
 def virtual_teacher_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
-    labels: Int[AnyArray, "*batch"],
+    labels: Integer[AnyArray, "*batch"],
     *,
     correct_probability: float = 0.99,
     temperature: float | Float[AnyArray, "*#batch"] = 20.0,

@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jaxtransfer.losses.reduction import integers
 from jaxtransfer.losses.sets import matrix
 
 
 def checked_indices(name, indices, shape, examples, where):
     """Indices in range, and whether they were; those that don't count are 0."""
-    indices = jnp.asarray(indices)
+    indices = integers(indices)
     if indices.shape != shape:
         raise ValueError(f"{name} must be {list(shape)}, got shape {indices.shape}.")
     valid = (indices >= 0) & (indices < examples)

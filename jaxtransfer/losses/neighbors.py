@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.confidence import diversity
 from jaxtransfer.losses.directions import unit
@@ -73,7 +73,7 @@ def neighbor_bank(classes: int, features: int, examples: int) -> NeighborBank:
 def update_neighbor_bank(
     features: Float[AnyArray, "batch features"],
     logits: Float[AnyArray, "batch classes"],
-    indices: Int[AnyArray, " batch"],
+    indices: Integer[AnyArray, " batch"],
     bank: NeighborBank,
     *,
     where: Bool[AnyArray, " batch"] | None = None,
@@ -136,7 +136,7 @@ def update_neighbor_bank(
 
 def neighborhood_reciprocal_clustering(
     logits: Float[AnyArray, "batch classes"],
-    indices: Int[AnyArray, " batch"],
+    indices: Integer[AnyArray, " batch"],
     bank: NeighborBank,
     *,
     neighbors: int = 5,

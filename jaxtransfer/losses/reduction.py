@@ -46,6 +46,13 @@ def widen(values: AnyArray) -> Array:
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
+def integers(values: AnyArray) -> Array:
+    """The labels or indices, narrow ones in int32: as uint8, 256 classes would be 0."""
+    values = jnp.asarray(values)
+    narrow = jnp.issubdtype(values.dtype, jnp.integer) and values.dtype.itemsize < 4
+    return values.astype(jnp.int32) if narrow else values
+
+
 def check_mask(name, where, shape):
     """The mask broadcast to ``shape``; a ValueError that names it if it can't be."""
     where = jnp.asarray(where)

@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.classification import cross_entropy
 from jaxtransfer.losses.distillation import knowledge_distillation
@@ -77,7 +77,7 @@ def token_distillation(
 
 def sequence_distillation(
     student_logits: Float[AnyArray, "*batch tokens vocabulary"],
-    teacher_tokens: Int[AnyArray, "*batch tokens"],
+    teacher_tokens: Integer[AnyArray, "*batch tokens"],
     *,
     where: Bool[AnyArray, "*batch tokens"] | None = None,
 ) -> Float[Array, "*batch"]:

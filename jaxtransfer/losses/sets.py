@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.reduction import check_mask, integers, widen
 
 
 def weighted_rows(name, rows, where, least, mask=None):
@@ -44,7 +44,7 @@ def matrix(name, rows):
 
 def checked_labels(labels, count, classes, where):
     """Labels in range, whether they were, and which examples count."""
-    labels = jnp.asarray(labels)
+    labels = integers(labels)
     if labels.shape != (count,):
         raise ValueError(
             f"labels must be one a row, [{count}], got shape {labels.shape}."

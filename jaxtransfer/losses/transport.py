@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Integer, Key
 
 from jaxtransfer.losses.directions import root
 from jaxtransfer.losses.reduction import mean
@@ -190,7 +190,7 @@ def sinkhorn_divergence(
 def deep_joint_distribution_transport(
     source: Float[AnyArray, "n features"],
     target: Float[AnyArray, "m features"],
-    source_labels: Int[AnyArray, " n"],
+    source_labels: Integer[AnyArray, " n"],
     target_logits: Float[AnyArray, "m classes"],
     *,
     feature_weight: float | Float[AnyArray, ""] = 0.001,

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Integer, Num
 
 from jaxtransfer.losses.reduction import widen
 from jaxtransfer.ops.products import product
@@ -143,7 +143,7 @@ def _evidence(left, squares, target, count, tolerance, iterations):
 
 def h_score(
     features: Float[AnyArray, "batch features"],
-    labels: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     *,
     shrinkage: Literal["none", "ledoit_wolf"] | float = "none",
     classes: int | None = None,

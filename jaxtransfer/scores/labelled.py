@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxtransfer.losses.reduction import check_mask
+from jaxtransfer.losses.reduction import check_mask, integers
 from jaxtransfer.losses.sets import matrix
 from jaxtransfer.ops.products import product
 
@@ -31,7 +31,7 @@ def membership(name, labels, count, classes, where, dtype):
 
     Not-a-number for labels that are out of range and can't be seen.
     """
-    labels = jnp.asarray(labels)
+    labels = integers(labels)
     if labels.shape != (count,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
             f"{name} must be one integer a row, [{count}], got {labels.dtype} of "

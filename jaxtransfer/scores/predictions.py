@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.ops.products import product
 from jaxtransfer.scores.labelled import labelled_rows, membership
@@ -12,7 +12,7 @@ from jaxtransfer.typing import AnyArray
 
 def log_expected_empirical_prediction(
     probabilities: Float[AnyArray, "batch source_classes"],
-    labels: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     *,
     classes: int | None = None,
     where: Bool[AnyArray, " batch"] | None = None,
@@ -83,8 +83,8 @@ def _check_probabilities(rows: Array, weights: Array) -> None:
 
 
 def negative_conditional_entropy(
-    predictions: Int[AnyArray, " batch"],
-    labels: Int[AnyArray, " batch"],
+    predictions: Integer[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     *,
     source_classes: int | None = None,
     classes: int | None = None,

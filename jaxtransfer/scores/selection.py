@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxtransfer import losses
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -53,7 +53,7 @@ def choose(
 
 def oracle_target_accuracy(
     target_logits: Float[AnyArray, "batch classes"],
-    target_labels: Int[AnyArray, " batch"],
+    target_labels: Integer[AnyArray, " batch"],
     *,
     where: Bool[AnyArray, " batch"] | None = None,
 ) -> Float[Array, ""]:

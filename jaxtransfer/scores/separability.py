@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.softened import check_positive
 from jaxtransfer.ops.products import product
@@ -21,7 +21,7 @@ from jaxtransfer.typing import AnyArray
 
 def transrate(
     features: Float[AnyArray, "batch features"],
-    labels: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     *,
     distortion: float = 1e-4,
     average: Literal["classes", "examples"] = "classes",
@@ -102,7 +102,7 @@ def _coding_rate(rows, count, distortion):
 
 def gaussian_bhattacharyya(
     features: Float[AnyArray, "batch features"],
-    labels: Int[AnyArray, " batch"],
+    labels: Integer[AnyArray, " batch"],
     *,
     covariance: Literal["spherical", "diagonal", "spherical_code"] = "spherical",
     components: int | None = None,

@@ -8,7 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer import losses
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -20,7 +20,7 @@ from jaxtransfer.typing import AnyArray
 
 def source_accuracy(
     source_logits: Float[AnyArray, "batch classes"],
-    source_labels: Int[AnyArray, " batch"],
+    source_labels: Integer[AnyArray, " batch"],
     *,
     where: Bool[AnyArray, " batch"] | None = None,
 ) -> Float[Array, ""]:

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Integer, Key
 
 from jaxtransfer.typing import AnyArray, Inputs
 
 Augment = Callable[[jax.Array, Any], Any]
 """``(key, inputs of one example) -> inputs``, pure and traceable."""
 
-Variant = int | np.integer | Int[AnyArray, ""] | Int[AnyArray, " batch"]
+Variant = int | np.integer | Integer[AnyArray, ""] | Integer[AnyArray, " batch"]
 """Which variant: one of all examples of a batch, or one an example."""
 
 _PROBED = 4
@@ -22,8 +22,8 @@ _PROBED = 4
 
 def variant_key(
     key: Key[Array, ""],
-    index: int | Int[AnyArray, ""],
-    variant: int | Int[AnyArray, ""],
+    index: int | Integer[AnyArray, ""],
+    variant: int | Integer[AnyArray, ""],
 ) -> Key[Array, ""]:
     """The key of one variant of one example, whatever batch it comes in.
 
@@ -107,7 +107,7 @@ class Augmentation:
         object.__setattr__(self, "name", self.name or own)
 
     def __call__(
-        self, inputs: Inputs, indices: Int[AnyArray, " batch"], variant: Variant = 0
+        self, inputs: Inputs, indices: Integer[AnyArray, " batch"], variant: Variant = 0
     ) -> Any:
         """The inputs of some examples, as the teacher saw them.
 

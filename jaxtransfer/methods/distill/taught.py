@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from jaxtransfer.losses import cached_knowledge_distillation
+from jaxtransfer.losses.reduction import integers
 from jaxtransfer.methods.distill.augmentation import Augmentation, Variant
 from jaxtransfer.methods.distill.cache_files import KINDS, difference
 from jaxtransfer.methods.distill.terms import Term
@@ -63,7 +64,7 @@ class TeacherCache:
         )
 
     def lookup(
-        self, indices: Int[AnyArray, " batch"], variant: Variant = 0
+        self, indices: Integer[AnyArray, " batch"], variant: Variant = 0
     ) -> dict[str, np.ndarray]:
         """What the teacher says of some examples.
 
@@ -188,14 +189,14 @@ class DeviceCache(struct.PyTreeNode):
     arrays: Any
 
     def lookup(
-        self, indices: Int[AnyArray, " batch"], variant: Variant = 0
+        self, indices: Integer[AnyArray, " batch"], variant: Variant = 0
     ) -> dict[str, jax.Array]:
         """As :meth:`TeacherCache.lookup`; traceable.
 
         An index or a variant out of range, which can't be seen here, gives
         not-a-number; -1 where integers are kept.
         """
-        indices = jnp.asarray(indices)
+        indices = integers(indices)
         variant = jnp.broadcast_to(jnp.asarray(variant), indices.shape)
 
         def rows(array: jax.Array) -> jax.Array:
