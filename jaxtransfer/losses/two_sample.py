@@ -47,8 +47,8 @@ def permutation_test(
         target_where: Which target rows count [m]; default all.
 
     Returns:
-        The observed discrepancy and p in (0, 1], both scalars. No gradient is meant to
-        flow through p.
+        The observed discrepancy and p in (0, 1], both scalars; 0 and 1 if no row of a
+        side counts. No gradient is meant to flow through p.
 
     Raises:
         ValueError: If the inputs are not matrices of equal width or an option is out of
@@ -74,8 +74,8 @@ def permutation_test(
     kernels = jax.lax.stop_gradient(bandwidths(rows, counts, multipliers, bandwidth))
     kernel = kernel_of(self_squared_distances(rows), kernels, jnp.ones_like(kernels))
     n, m = jnp.sum(u), jnp.sum(v)
-    share = jnp.where(n > 0, 1.0 / jnp.maximum(n, 1.0), 0.0)
-    other = jnp.where(m > 0, 1.0 / jnp.maximum(m, 1.0), 0.0)
+    some = (n > 0) & (m > 0)
+    share, other = (jnp.where(some, 1.0 / jnp.maximum(x, 1.0), 0.0) for x in (n, m))
 
     places = (1 << (len(rows) - 1).bit_length()) - 1
     last = jnp.uint32(jnp.iinfo(jnp.int32).max)

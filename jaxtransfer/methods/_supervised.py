@@ -46,7 +46,8 @@ def task_loss(
         don't count may be anything (-1 is usual): they reach no gradient either.
 
     Raises:
-        ValueError: ``"classes"`` is not one for each output.
+        ValueError: ``"classes"`` is not one for each output, or ``"where"`` is not
+            boolean.
     """
     labels, where = jnp.asarray(batch["labels"]), batch.get("where")
     if where is not None:

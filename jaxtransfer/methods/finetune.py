@@ -76,6 +76,8 @@ def objective(
         Objective over batches ``{"inputs" [batch, ...], "labels" [batch, ...]}``, with
         ``"where" [batch]`` for rows that count and ``"classes" [classes]`` for classes
         that there are. Metrics: ``task_loss`` and, for integer labels, ``accuracy``.
+        Rows that don't count are still rows of the network's own batch statistics:
+        fill a batch up with rows of the data rather than with zeros.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp

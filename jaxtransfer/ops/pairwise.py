@@ -52,7 +52,8 @@ def gaussian_kernel_sum(
 
     Returns:
         Scalar, float32 or wider. Its gradient reaches x and y only; second
-        derivatives work, at the memory of all tiles.
+        derivatives work, at the memory of all tiles. There is none in forward mode
+        (``jax.jvp``): take ``jnp.vdot(jax.grad(f)(x), v)``.
 
     Raises:
         ValueError: If the inputs are not matrices of equal width, or the tile is not

@@ -246,7 +246,9 @@ def fit(
                 checked = done
             display.advance(done)
             save()
-            if stopped := stopping(received, done):
+            # Asked after every update: several processes must agree.
+            stopped = stopping(received, done)
+            if stopped and done < steps:
                 history.stopped = stopped
                 break
             if evaluate is not None and eval_every and done % eval_every == 0:

@@ -21,6 +21,9 @@ def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
     Returns:
         The pair of ``[]``.
 
+    Raises:
+        ValueError: ``where`` is not boolean.
+
     Example:
         >>> import jax.numpy as jnp
         >>> padded = jnp.array([True, True, False])
@@ -41,11 +44,16 @@ def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
 def cover(where: ArrayLike, values: ArrayLike) -> jax.Array:
     """A mask of the first axes of ``values`` as one that broadcasts to all of them.
 
+    Raises:
+        ValueError: the mask is not boolean: numbers would weigh the count, not the sum.
+
     Example:
         >>> cover(jnp.array([True, False]), jnp.ones((2, 3))).shape
         (2, 1)
     """
     where = jnp.asarray(where)
+    if where.dtype != bool:
+        raise ValueError(f"where: must be boolean, got {where.dtype}; use `where > 0`")
     return where.reshape(where.shape + (1,) * max(jnp.ndim(values) - where.ndim, 0))
 
 

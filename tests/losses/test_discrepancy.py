@@ -303,6 +303,9 @@ def test_permutation_test_of_masked_rows(domains):
     np.testing.assert_allclose(value, losses.mmd(source[where], target), rtol=1e-5)
     assert 0 < p <= 1
     assert losses.permutation_test(source, source)[1] == 1.0
+    nobody = jnp.zeros(len(target), bool)
+    value, p = losses.permutation_test(source, target, target_where=nobody)
+    assert (float(value), float(p)) == (0.0, 1.0)
 
 
 def test_optimal_weights_are_the_best_on_a_grid():

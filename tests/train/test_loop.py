@@ -328,6 +328,17 @@ def test_signals_finish_the_step_save_and_restore_handlers(tmp_path, number):
     assert {s: signal.getsignal(s) for s in before} == before
 
 
+def test_a_signal_in_the_last_update_stops_nothing():
+    def step(state, batch):
+        if int(state.step) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return STEP(state, batch)
+
+    state, history = fit(step=step, steps=5, evaluate=lambda state: {"a": 1.0})
+    assert int(state.step) == 5 and not history.stopped and not history.message
+    assert [r["step"] for r in history.evaluation] == [5]
+
+
 def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(
     tmp_path, monkeypatch
 ):

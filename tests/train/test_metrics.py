@@ -38,6 +38,12 @@ def test_a_mask_of_examples_covers_their_values():
     assert (float(pair.total), float(pair.count)) == (1.0, 2.0)
 
 
+@pytest.mark.parametrize("where", [np.full(3, 0.5, np.float32), np.ones(3, np.uint8)])
+def test_numbers_are_no_mask(where):
+    with pytest.raises(ValueError, match="where: must be boolean, got .*where > 0"):
+        metrics.mean(jnp.arange(3.0), where=where)
+
+
 def test_counts_below_one_are_weights():
     assert float(metrics.value(Mean(0.25, 0.5))) == 0.5
     assert float(metrics.value(Mean(0.0, 0.0))) == 0.0
