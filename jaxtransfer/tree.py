@@ -27,6 +27,9 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Leaves by path, in sorted order of the path. Empty dicts vanish.
 
+    Raises:
+        TypeError: a key is no string.
+
     Example:
         >>> flatten({"head": {"kernel": 1, "bias": 2}})
         {'head/bias': 2, 'head/kernel': 1}
@@ -35,6 +38,12 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
     def visit(node: Any, path: tuple[str, ...]) -> None:
         if isinstance(node, Mapping):
+            for name in node:
+                if not isinstance(name, str):
+                    raise TypeError(
+                        f"tree: keys must be strings, got {name!r} under "
+                        f"{'/'.join(path)!r}; from_nnx names items of a list 'list_0'"
+                    )
             for name in sorted(node):
                 visit(node[name], (*path, name))
         else:

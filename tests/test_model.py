@@ -486,6 +486,30 @@ def test_nnx_variables_of_another_model_are_refused(variables):
         NETS["nnx"].apply(wrong, X)
 
 
+def test_a_trained_nnx_module_comes_in_as_a_copy_of_it(types_unchecked):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(6, 5, rngs=rngs)])
+            self.norm = nnx.BatchNorm(5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.layers[0](x))
+
+    trained = Net(nnx.Rngs(3))
+    trained(2 * X + 1)  # its statistics are not those of the start
+    with pytest.raises(TypeError, match="build: got a Net; give the function that"):
+        from_nnx(trained)
+    trained.eval()
+    net = from_nnx(lambda rngs: nnx.clone(trained))
+    made = net.init(jax.random.key(0), X)
+    np.testing.assert_allclose(net.apply(made, X)[0], trained(X), rtol=1e-6, atol=1e-6)
+    _, _, state = net.apply(made, X, train=True)
+    assert not same(state, made.model_state)
+    bare = nnx.to_pure_dict(nnx.state(trained, nnx.Param))
+    with pytest.raises(TypeError, match="keys must be strings, got 0 under 'layers'"):
+        net.apply(made._replace(params=bare), X)
+
+
 def test_sequential_has_the_same_paths_in_both():
     linen = from_linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
     other = from_nnx(

@@ -18,7 +18,7 @@ KERNELS = "(.*/)?kernel"
 Masks = Mapping[str, Any]
 """Nested dict of booleans, True where a weight is kept, of what is pruned at all."""
 
-Sparsity = float | int | Float[Array, ""]
+Sparsity = float | int | np.number | Float[Array, ""]
 Scope = Literal["layer", "global"]
 Structure = Literal["channel"] | None
 
@@ -88,7 +88,7 @@ def masks(
 
 def check_share(sparsity: Any, name: str) -> None:
     """Refuse a number that is not in 0 … 1; traced ones pass."""
-    if isinstance(sparsity, int | float) and not 0 <= sparsity <= 1:
+    if isinstance(sparsity, int | float | np.number) and not 0 <= sparsity <= 1:
         raise ValueError(f"{name}: got {sparsity}; a share of weights is in 0 … 1")
 
 
@@ -100,8 +100,8 @@ def _magnitudes(leaf: Any, structure: Structure) -> Float[Array, "..."]:
 
 
 def _kept(scores: Float[Array, "*shape"], sparsity: Sparsity) -> Bool[Array, "*shape"]:
-    if isinstance(sparsity, int | float):
-        return _all_but(scores, jnp.int32(round(sparsity * scores.size)))
+    if isinstance(sparsity, int | float | np.number):
+        return _all_but(scores, jnp.int32(round(float(sparsity) * scores.size)))
     return _all_but(scores, jnp.round(sparsity * scores.size).astype(jnp.int32))
 
 

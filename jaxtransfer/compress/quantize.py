@@ -82,10 +82,13 @@ def quantized(
 
     Raises:
         ImportError: qwix is not there.
+        TypeError: a :class:`~jaxtransfer.typing.Model` is given, not the module, or an
+            NNX module, not the function that builds it.
         ValueError: a rule matches no module that has parameters, no weight would be
             quantized (embeddings never are), or a layer multiplies its weights in
             another shape than it holds them (:func:`~jaxtransfer.nets.PatchConv`),
-            which can't be done; (at a call) ``integer`` is to be trained.
+            which can't be done; (at a call) ``integer`` is to be trained, or what is
+            converted is in integers already.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -110,6 +113,11 @@ def quantized(
         import qwix
     except ImportError as error:
         raise ImportError(_ABSENT) from error
+    if isinstance(module, Model):
+        raise TypeError(
+            "module: got a Model, which hides its layers; give the module itself, as "
+            "to model.from_linen or model.from_nnx"
+        )
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     linen = isinstance(module, nn.Module)
     plain = from_linen(module, key_streams=key_streams) if linen else from_nnx(module)
@@ -143,7 +151,10 @@ def quantized(
         later = {"skip_nnx_init": True}  # nothing to convert: the weights stay floats
         trained = _built(module, qwix.QtProvider, rule, arguments, later)
         served = _built(module, qwix.PtqProvider, rule, arguments, {})
-    boxes = _boxes(served, example)
+    try:
+        boxes = _boxes(served, example)
+    except _UNTRACED as error:  # the plain network was traced above
+        raise _other_shape(chosen, str(error)) from error
     if not boxes:
         raise ValueError(
             f"rules: {rules!r} matches no module that multiplies by its weights; "
@@ -158,6 +169,11 @@ def quantized(
     def convert(variables: Variables) -> Variables:
         found = dict(tree.flatten(variables.params))
         for path, shape in shapes.items():
+            if f"{path}/array/qvalue" in found:
+                raise ValueError(
+                    f"variables: {path!r} is in integers already; convert the "
+                    "variables of Quantized.model, once"
+                )
             weight = jnp.reshape(found.pop(path), shape["qvalue"].shape)
             axes = _alike(shape["scale"].shape, weight.shape)
             held = qwix.quantize(
@@ -176,14 +192,18 @@ def quantized(
                 "train: a network of integers is not trained; train Quantized.model, "
                 "then convert its variables"
             )
-        params = _boxed(variables.params, boxes) if linen else variables.params
+        given, inputs = _arrays((variables, inputs))
+        params = _boxed(given.params, boxes) if linen else given.params
         output, features, _ = served.apply(
-            variables._replace(params=params), inputs, **options
+            given._replace(params=params), inputs, **options
         )
         return output, features, variables.model_state
 
+    def learn(variables: Variables, inputs: Inputs, **options: Any) -> Any:
+        return trained.apply(*_arrays((variables, inputs)), **options)
+
     result = Quantized(
-        Model(plain.init, trained.apply), Model(init, apply), convert, tuple(boxes)
+        Model(plain.init, learn), Model(init, apply), convert, tuple(boxes)
     )
     _try(result, abstract, example)
     return result
@@ -216,6 +236,11 @@ def _built(
         return _patched(module, provider, rule, *_zeros(arguments), **mode, **options)
 
     return from_nnx(changed)
+
+
+def _arrays(given: Any) -> Any:
+    """Arrays of JAX: qwix can't do with NumPy's."""
+    return jax.tree.map(jnp.asarray, given)
 
 
 def _zeros(example: Any) -> Any:
@@ -271,6 +296,9 @@ def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> list[int]:
     return [axis for axis, size in enumerate(first) if size == second[axis]]
 
 
+_UNTRACED = (TypeError, ValueError, AttributeError)  # of layers that can't be
+
+
 def _try(made: Quantized, variables: Variables, example: Any) -> None:
     """Trace the network of integers once: some layers can't be."""
 
@@ -279,7 +307,7 @@ def _try(made: Quantized, variables: Variables, example: Any) -> None:
 
     try:
         jax.eval_shape(run, variables, example)
-    except (TypeError, ValueError, AttributeError) as error:
+    except _UNTRACED as error:
         raise _other_shape(made.paths, str(error)) from error
 
 

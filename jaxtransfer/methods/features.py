@@ -78,8 +78,11 @@ def extract_all(
         Features ``[examples, ...]``.
 
     Raises:
-        ValueError: there are no examples, or the tap does not exist.
+        ValueError: there are no examples, the tap does not exist, or ``batch_size`` is
+            not positive.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}; it must be at least 1")
     count = len(inputs)
     if count == 0:
         raise ValueError("inputs: no examples to extract features of")
@@ -190,6 +193,9 @@ def logistic_regression(
     Returns:
         ``{"kernel": [dim, classes], "bias": [classes]}``.
 
+    Raises:
+        ValueError: the features are not ``[batch, dim]``.
+
     Example:
         >>> import jax.numpy as jnp
         >>> x = jnp.array([[-2.0], [-1.0], [1.0], [2.0]])
@@ -197,6 +203,11 @@ def logistic_regression(
         >>> (x @ probe["kernel"] + probe["bias"]).argmax(-1).tolist()
         [0, 0, 1, 1]
     """
+    if jnp.ndim(features) != 2:
+        raise ValueError(
+            f"features: got shape {jnp.shape(features)}, needs [batch, dim]; pool maps "
+            "first, features.mean((1, 2))"
+        )
     rows = jnp.ones(len(features), bool) if where is None else where
     dtype = jnp.promote_types(features.dtype, jnp.float32)
     weight = (rows / jnp.maximum(rows.sum(), 1)).astype(dtype)

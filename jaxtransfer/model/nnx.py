@@ -160,15 +160,21 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     :func:`~jaxtransfer.model.from_linen` gives a Linen network of the same attribute
     names.
 
+    A trained module comes in with ``lambda rngs: nnx.clone(module)`` as ``build``:
+    ``init`` returns its weights and statistics.
+
     Args:
-        build: ``nnx.Rngs -> nnx.Module``; called as ``module(inputs)``, or as
-            ``module(*inputs)`` if ``inputs`` is a tuple. Arguments ``train``,
-            ``training``, ``is_training``, ``deterministic``, ``use_running_average``
-            and ``rngs`` of its ``__call__`` are filled in.
+        build: ``nnx.Rngs -> nnx.Module``, no module itself; what it builds is called
+            as ``module(inputs)``, or as ``module(*inputs)`` if ``inputs`` is a tuple.
+            Arguments ``train``, ``training``, ``is_training``, ``deterministic``,
+            ``use_running_average`` and ``rngs`` of its ``__call__`` are filled in.
 
     Returns:
         The model. ``apply`` raises ``ValueError`` for a tap that does not exist, and
         in training without ``key`` if the module draws random numbers.
+
+    Raises:
+        TypeError: a module is given, not the function that builds it.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -180,6 +186,11 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         >>> model.apply(variables, jnp.ones((5, 3)))[0].shape
         (5, 2)
     """
+    if isinstance(build, nnx.Module):
+        raise TypeError(
+            f"build: got a {type(build).__name__}; give the function that builds it, "
+            "nnx.Rngs -> nnx.Module. Of a trained one: lambda rngs: nnx.clone(module)"
+        )
 
     @functools.cache
     def skeleton() -> _Skeleton:

@@ -17,6 +17,10 @@ _CONVERT = (
 )
 
 
+class _UnknownType(ValueError):
+    """A sound file holds numbers of a type that can't be read."""
+
+
 class _Content(NamedTuple):
     entries: dict[str, Any]  # arrays, and whatever else a file holds, in its order
     metadata: dict[str, str] | None = None
@@ -38,7 +42,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ImportError: a safetensors file, without the package.
         ValueError: another ending, a folder, a pickle whatever its ending (none is
-            ever opened), or a file that can't be read.
+            ever opened), a file that can't be read, or numbers of a type that can't,
+            such as 8-bit floating point.
 
     Example:
         >>> import tempfile
@@ -65,6 +70,8 @@ def read_content(path: str | os.PathLike[str]) -> _Content:
         _safetensors()  # its absence is no fault of the file
     try:
         return _READERS[kind](file)
+    except _UnknownType:
+        raise
     except Exception as error:  # each format raises kinds of its own
         if _is_pickle(file):
             raise ValueError(
@@ -81,6 +88,11 @@ def write_content(path: str | os.PathLike[str], content: _Content) -> None:
     """Write entries in their order, names and layout."""
     file = pathlib.Path(path).expanduser()
     kind = kind_of(file)
+    if not file.parent.is_dir():
+        raise FileNotFoundError(
+            f"no folder {str(file.parent)!r}; make it, or give a path in one that is "
+            "there"
+        )
     entries: dict[str, Any] = {
         name: np.ascontiguousarray(entry).reshape(entry.shape)
         if isinstance(entry, np.ndarray)
@@ -166,8 +178,17 @@ def _is_pickle(file: pathlib.Path) -> bool:
 def _read_safetensors(file: pathlib.Path) -> _Content:
     from safetensors import safe_open
 
+    entries: dict[str, Any] = {}
     with safe_open(file, framework="np") as opened:
-        entries = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        for name in opened.keys():  # noqa: SIM118
+            try:
+                entries[name] = opened.get_tensor(name)
+            except Exception as error:  # the header is sound, so it is the type
+                kind = opened.get_slice(name).get_dtype()
+                raise _UnknownType(
+                    f"{str(file)!r} holds {name!r} as {kind}, a type that can't be "
+                    "read; convert it to float32, float16 or bfloat16"
+                ) from error
         return _Content(entries, opened.metadata())
 
 

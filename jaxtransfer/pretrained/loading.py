@@ -1,7 +1,7 @@
 """From a file of weights to a network's variables, with a strict report, and back."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,8 +59,10 @@ def load(
 
     Raises:
         FileNotFoundError, ImportError: see :func:`read`.
+        TypeError: the model is a bare module.
         ValueError: the file doesn't fit (the message is the report and what to do), a
-            rule matches nothing, or ``fresh`` without ``key``.
+            rule matches nothing, two leaves would be read from one entry, a leaf is
+            both ``fresh`` and in ``adapt``, or ``fresh`` without ``key``.
 
     Example:
         >>> import pathlib, tempfile
@@ -83,6 +85,11 @@ def load(
           'head.bias'
           'head.weight'
     """
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"model: got a {type(model).__name__}, no Model; wrap the module, "
+            "model.from_linen(module) or model.from_nnx(build)"
+        )
     content = files.read_content(path)
     entries = {name: x for name, x in content.entries.items() if files.is_weight(x)}
     shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
@@ -90,7 +97,9 @@ def load(
     naming = names or _naming_of(path)
     places = {place: naming(leaf) for place, (leaf, _) in leaves.items()}
     kept = tree.match(fresh, leaves)
-    adapters = _adapters(adapt or {}, leaves)
+    adapters = _adapters(adapt or {}, leaves, kept)
+    claimed = {name: place for place in kept for name in places[place].names}
+    claimed |= _claimed({p: e.names for p, e in places.items() if p not in kept})
     values, missing, mismatched = {}, {}, {}
     for place, (leaf, wanted) in leaves.items():
         if place in kept:
@@ -106,14 +115,12 @@ def load(
             values[place] = jnp.asarray(value, wanted.dtype)
         else:
             mismatched[place] = (value.shape, leaf.shape)
-    claimed = {name: place for place, entry in places.items() for name in entry.names}
     over = [
         name
         for name in entries
         if name not in claimed and name.rpartition(".")[2] != _COUNTERS
     ]
-    passed = {name.replace(".", "/"): name for name in over}
-    passed = {passed[name] for name in tree.match(unused, passed)}
+    passed = _passed_over(unused, over, [name for name in claimed if name in entries])
     report = Report(
         os.fspath(path),
         {place: places[place].names for place in values},
@@ -150,6 +157,7 @@ def save(
             bit-identical in it.
 
     Raises:
+        FileNotFoundError: there is no such folder, or no file ``like``.
         ImportError: a safetensors file, without the package.
         ValueError: another ending, two leaves of one name, leaves that are not in the
             file ``like``, or numbers that ``.npz`` can't hold, such as bfloat16.
@@ -164,17 +172,13 @@ def save(
         {'fc.weight': (2, 4)}
     """
     naming = names or _naming_of(path)
+    leaves = leaves_of(variables)
+    places = {place: naming(leaf) for place, (leaf, _) in leaves.items()}
+    _claimed({place: entry.names for place, entry in places.items()})
     arrays: dict[str, np.ndarray] = {}
-    for place, (leaf, value) in leaves_of(variables).items():
-        entry = naming(leaf)
-        for name, array in zip(
-            entry.names, entry.write(np.asarray(value)), strict=True
-        ):
-            if name in arrays:
-                raise ValueError(
-                    f"names: {name!r} is the name of {place!r} and of another leaf"
-                )
-            arrays[name] = array
+    for place, entry in places.items():
+        written = entry.write(np.asarray(leaves[place][1]))
+        arrays.update(zip(entry.names, written, strict=True))
     if like is None:
         metadata = {"format": "pt"}  # readers of safetensors ask for it
         files.write_content(path, files._Content(dict(arrays), metadata))
@@ -238,14 +242,51 @@ def filled(like: Variables, values: Mapping[str, Any]) -> Variables:
     return jax.tree.unflatten(structure, ordered)
 
 
+def _claimed(names: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Leaves by the names of their entries."""
+    claimed: dict[str, str] = {}
+    for place, own in names.items():
+        for name in own:
+            if name in claimed:
+                raise ValueError(
+                    f"names: {name!r} is the name of {place!r} and of "
+                    f"{claimed[name]!r}; give each leaf a name of its own"
+                )
+            claimed[name] = place
+    return claimed
+
+
+def _passed_over(
+    unused: tree.Rules, over: Sequence[str], claimed: Sequence[str]
+) -> set[str]:
+    """The names that rules pass over, of those that no leaf is looked for under."""
+    known = {name.replace(".", "/"): name for name in (*claimed, *over)}
+    passed: set[str] = set()
+    for rule in [unused] if isinstance(unused, str) else unused:
+        found = {known[path] for path in tree.match(rule, known)}
+        if found.isdisjoint(over):
+            raise ValueError(
+                f"unused: rule {rule!r} matches names of the network's own leaves "
+                f"alone, such as {min(found)!r}; it is for the file's other names, "
+                f"here {tree.nearest(rule, over)}"
+            )
+        passed |= found.intersection(over)
+    return passed
+
+
 def _adapters(
-    adapt: Mapping[str, Adapter], leaves: Mapping[str, Any]
+    adapt: Mapping[str, Adapter], leaves: Mapping[str, Any], kept: set[str]
 ) -> dict[str, Adapter]:
     adapters: dict[str, Adapter] = {}
     for rule, function in adapt.items():
         for path in tree.match(rule, leaves):
             if path in adapters:
                 raise ValueError(f"adapt: {path!r} is matched by two rules; keep one")
+            if path in kept:
+                raise ValueError(
+                    f"adapt: {path!r} is matched by a rule of fresh= too, and so is "
+                    "not read; keep one"
+                )
             adapters[path] = function
     return adapters
 

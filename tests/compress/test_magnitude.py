@@ -64,6 +64,14 @@ def test_of_equal_weights_the_first_are_pruned():
         assert found.ravel().tolist() == [False] * 7 + [True] * 3
 
 
+def test_a_sparsity_may_be_a_number_of_numpy():
+    for share in (np.float32(0.25), np.float16(0.5), np.float64(0.7), np.int32(1)):
+        found = tree.flatten(compress.masks(PARAMS, share))
+        expected = tree.flatten(compress.masks(PARAMS, float(share)))
+        for path, mask in found.items():
+            np.testing.assert_array_equal(mask, expected[path], err_msg=path)
+
+
 def test_a_channel_goes_as_a_whole():
     found = compress.masks(PARAMS, 0.4, rules="conv/kernel", structure="channel")
     assert found["conv"]["kernel"].shape == (1, 1, 1, 5)
@@ -98,6 +106,8 @@ def test_pruned_is_zero_whatever_stood_there():
         ({"rules": "heed/.*"}, "matches no parameter; nearest: 'head/kernel'"),
         ({"sparsity": 1.01}, "sparsity: got 1.01; a share of weights is in 0 … 1"),
         ({"sparsity": -1}, "sparsity: got -1"),
+        ({"sparsity": np.float32(1.5)}, "sparsity: got 1.5; a share of"),
+        ({"sparsity": np.int64(50)}, "sparsity: got 50; a share of"),
         ({"scope": "block"}, 'scope: got \'block\'; choose "layer" or "global"'),
         ({"structure": "row"}, "structure: got 'row'; choose None"),
     ],

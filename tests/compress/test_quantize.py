@@ -181,6 +181,33 @@ def test_a_student_in_integers_is_distilled(resnet):
     )
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_arrays_of_numpy_do_in_both(use_bias):
+    made = compress.quantized(nn.Conv(4, (3, 3), use_bias=use_bias), IMAGES)
+    variables = made.model.init(KEY, IMAGES)
+    held, images = made.convert(variables), np.asarray(IMAGES)
+    expected = made.integer.apply(held, IMAGES)[0]
+    for given in (held, jax.device_get(held)):
+        output, _, state = made.integer.apply(given, images)
+        np.testing.assert_array_equal(output, expected)
+        assert state is given.model_state
+    trained = made.model.apply(jax.device_get(variables), images)[0]
+    np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_in_integers_is_not_converted_again(kind):
+    _, made = int8(kind)
+    held = made.integer.init(KEY, X)
+    with pytest.raises(ValueError, match="variables: '.*/kernel' is in integers alre"):
+        made.convert(held)
+
+
+def test_a_model_hides_the_layers(types_unchecked):
+    with pytest.raises(TypeError, match="module: got a Model.*give the module itself"):
+        compress.quantized(from_linen(nn.Dense(4)), X)
+
+
 def test_an_example_s_output_is_its_own(resnet):
     """Ranges are measured for each example, so its batch does not matter."""
     held = resnet.integer.init(KEY, IMAGES)
@@ -328,6 +355,8 @@ def test_layers_that_can_t_are_refused():
     net = nets.LeNet(10, conv=nets.PatchConv)
     with pytest.raises(ValueError, match="multiplies its weights in another shape"):
         compress.quantized(net, images)
+    with pytest.raises(ValueError, match="in another shape .*'features/block_0/conv'"):
+        compress.quantized(nets.Conv4(5), images)
     with pytest.raises(ValueError, match="'kernel' is one. .* .'Dense_0/kernel"):
         compress.quantized(Bilinear(), X)
     assert compress.quantized(Bilinear(), X, rules="Dense_0").paths

@@ -46,6 +46,12 @@ def test_features_of_a_whole_set_in_batches_of_any_size(source, batch_size):
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_have_a_row_at_least(source, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size: got {batch_size}; it must be"):
+        features.extract_all(*source, X, tap="blocks_0", batch_size=batch_size)
+
+
 def test_the_objective_is_the_head_s_loss_on_features(source, head):
     model, given = source
     task_model, start = head
@@ -136,6 +142,12 @@ def test_the_probe_of_small_features_is_that_of_large_ones():
         for scale in (1.0, 1e-6)
     )
     np.testing.assert_allclose(1e-6 * small["kernel"], large["kernel"], atol=1e-3)
+
+
+def test_the_probe_says_that_maps_are_to_be_pooled(types_unchecked):
+    maps = np.ones((7, 2, 2, 3), np.float32)
+    with pytest.raises(ValueError, match=r"\(7, 2, 2, 3\), needs \[batch, dim\]; pool"):
+        features.logistic_regression(maps, LABELS, classes=3)
 
 
 def test_the_probe_may_be_vmapped_over_its_penalty():

@@ -1,7 +1,9 @@
 """Loading is strict, rules say what may differ, and saving undoes it bit by bit."""
 
 import itertools
+import json
 import pickle
+import struct
 import zipfile
 
 import flax.linen as nn
@@ -170,6 +172,53 @@ def test_two_adapters_of_one_leaf_are_an_error(file):
         pretrained.load(file, resnet(), IMAGE, adapt=adapt)
 
 
+def test_a_leaf_is_fresh_or_adapted(file):
+    adapt = {"conv1": pretrained.input_channels}
+    with pytest.raises(ValueError, match="adapt: 'conv1/kernel' .* rule of fresh= too"):
+        pretrained.load(file, resnet(), IMAGE, fresh="conv1", key=KEY, adapt=adapt)
+
+
+def test_a_rule_on_entries_of_the_network_passes_over_nothing(golden, tmp_path):
+    file = rewritten(golden, tmp_path, lambda w: w.update({"aux.fc.bias": np.ones(3)}))
+    with pytest.raises(
+        ValueError, match=r"unused: rule 'fc' .* as 'fc.bias'; .* here 'aux.fc.bias'"
+    ):
+        pretrained.load(file, resnet(), IMAGE, unused=["aux", "fc"])
+    _, report = pretrained.load(file, resnet(), IMAGE, unused="aux|fc")
+    assert report.unused == ("aux.fc.bias",)
+
+
+def two_layers(tmp_path):
+    """Two dense layers, a file with one, and a naming that gives it to both."""
+    file = tmp_path / "one.safetensors"
+    weights = {"fc.weight": np.eye(4), "fc.bias": np.ones(4)}
+    save_file({name: x.astype(np.float32) for name, x in weights.items()}, file)
+    model = from_linen(nn.Sequential([nn.Dense(4), nn.Dense(4)]))
+    return file, model, pretrained.torch(rename=[(r"^layers\.\d", "fc")])
+
+
+def test_two_leaves_are_not_read_from_one_entry(tmp_path):
+    file, model, names = two_layers(tmp_path)
+    rows = jnp.ones((1, 4))
+    with pytest.raises(
+        ValueError, match="'fc.bias' is the name of 'layers_1/bias' and of 'layers_0/b"
+    ):
+        pretrained.load(file, model, rows, names=names)
+    # Of a fresh leaf nothing is read: the other one has the entry to itself.
+    for kept, read in (("layers_0", "layers_1"), ("layers_1", "layers_0")):
+        variables, report = pretrained.load(
+            file, model, rows, names=names, fresh=kept, key=KEY
+        )
+        np.testing.assert_array_equal(variables.params[read]["kernel"], np.eye(4))
+        assert report.fresh == (f"{kept}/bias", f"{kept}/kernel")
+        assert report.unused == ()
+
+
+def test_a_bare_module_is_to_be_wrapped(file, types_unchecked):
+    with pytest.raises(TypeError, match=r"got a Dense, no Model; .*from_linen\(module"):
+        pretrained.load(file, nn.Dense(2), IMAGE)
+
+
 def test_names_are_changed_by_rules(golden, tmp_path):
     file = tmp_path / "parallel.safetensors"
     parallel = {f"module.{name}": value for name, value in golden.weights.items()}
@@ -289,8 +338,18 @@ def test_leaves_that_the_file_lacks_are_not_saved_like_it(file, tmp_path):
 
 def test_two_leaves_of_one_name_are_an_error(tmp_path):
     variables = Variables({"fc": {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(2)}})
-    with pytest.raises(ValueError, match="'fc.weight' is the name of 'fc/scale' and"):
+    with pytest.raises(
+        ValueError, match="'fc.weight' is the name of 'fc/scale' and of 'fc/kernel'"
+    ):
         pretrained.save(tmp_path / "x.safetensors", variables)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz", "msgpack"])
+def test_a_folder_that_is_not_there_is_named(ending, tmp_path):
+    variables = Variables({"fc": {"kernel": jnp.ones((2, 2))}})
+    with pytest.raises(FileNotFoundError, match="no folder '.*nowhere'; make it"):
+        pretrained.save(tmp_path / "nowhere" / f"x.{ending}", variables)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bfloat16_is_refused_where_it_would_be_lost(tmp_path):
@@ -351,6 +410,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path, types_unchecked):
         with pytest.raises(ValueError, match=f"can't be read as .{ending}") as e:
             pretrained.read(damaged)
         _says_nothing_of_numpy(e)
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2"])
+def test_numbers_of_a_type_that_can_t_be_read_are_named(kind, tmp_path):
+    file = tmp_path / "narrow.safetensors"
+    entry = {"dtype": kind, "shape": [4], "data_offsets": [0, 4]}
+    header = json.dumps({"head.weight": entry}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ValueError, match=f"'head.weight' as {kind}, a type") as e:
+        pretrained.read(file)
+    assert "whole" not in str(e.value)
 
 
 def _says_nothing_of_numpy(caught):
