@@ -55,7 +55,7 @@ def beam_search(
         state: Any pytree of arrays [batch, ...], such as keys and values of attention.
         begin: The token that a sequence begins with, [batch]; it is not part of it.
         length: The most tokens of a sequence, the end's among them; positive.
-        end: The token that ends a sequence.
+        end: The token that ends a sequence, one of the vocabulary.
         beams: How many sequences an example, positive and less than the vocabulary.
         padding: The token that fills up.
         length_penalty: Exponent of the length, 0 or more. 0 prefers short sequences.
@@ -134,6 +134,7 @@ def beam_search(
         vocabulary = logs.shape[-1]
         if beams >= vocabulary:
             raise ValueError(f"beams must be less than {vocabulary}, got {beams}.")
+        _check_end(end, vocabulary)
         if where is not None:
             logs = jnp.where(where, logs, _NEVER)
         total = jnp.maximum(live[..., None] + logs, _NEVER)
@@ -159,6 +160,12 @@ def beam_search(
     return merge(found, Beams(written, unfinished, jnp.full((batch, beams), length)))
 
 
+def _check_end(end, vocabulary):
+    # A negative end would count from the back when read, and never be written.
+    if not 0 <= end < vocabulary:
+        raise ValueError(f"end must be in 0 … {vocabulary - 1}, got {end}.")
+
+
 def sample_tokens(
     step: Step,
     state: Any,
@@ -180,7 +187,7 @@ def sample_tokens(
         begin: The token that a sequence begins with, [batch]; it is not part of it.
         key: Of the draws.
         length: The most tokens of a sequence, positive.
-        end: The token that ends a sequence.
+        end: The token that ends a sequence, one of the vocabulary.
         padding: The token that fills up.
         temperature: Positive; less is closer to the likeliest token.
 
@@ -208,6 +215,7 @@ def sample_tokens(
     def write(carry, key):
         last, over, state = carry
         logits, state = step(state, last)
+        _check_end(end, logits.shape[-1])
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         token = jax.random.categorical(key, logits / temperature).astype(last.dtype)
         token = jnp.where(over, padding, token)

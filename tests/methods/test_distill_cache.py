@@ -445,6 +445,87 @@ def test_batches_without_places(written):
         read.set_state(read.get_state())
 
 
+SECOND = jax.tree.map(lambda x: x * np.asarray(0.9, x.dtype), TEACHER)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """The cache of another teacher, of the same augmentation."""
+    folder = tmp_path_factory.mktemp("second")
+    given = {"batch_size": BATCH, "augmentation": AUGMENTATION}
+    return distill.cache_teacher(folder, LARGE, SECOND, IMAGES, **given)
+
+
+def columns():
+    return {"inputs": IMAGES, "labels": LABELS, "index": np.arange(NUMBER)}
+
+
+def test_batches_of_several_caches(written, second):
+    """What both say, under their names, of inputs that are augmented once."""
+    taught = open_(written)
+    read = taught.batches(data.batches(columns(), batch_size=BATCH, seed=0), name="a")
+    alone = taught.batches(data.batches(columns(), batch_size=BATCH, seed=0))
+    skipped = next(read), next(alone)  # The first cache may have been read before.
+    assert same(skipped[0]["teacher"], {"a": skipped[1]["teacher"]})
+    read = second.batches(read, name="b")
+    for _ in range(4):
+        batch, expected = next(read), next(alone)
+        index, variant = batch["index"], batch["variant"]
+        assert same(
+            batch.pop("teacher"),
+            {"a": expected.pop("teacher"), "b": second.lookup(index, variant)},
+        )
+        assert same(batch, expected)
+    assert 1 in variant  # of the second epoch
+
+
+def test_several_caches_are_gone_on_with(written, second):
+    def begin():
+        read = data.batches(columns(), batch_size=BATCH, seed=0)
+        return second.batches(open_(written).batches(read, name="a"), name="b")
+
+    read, again = begin(), begin()
+    for _ in range(2):
+        next(read)
+    again.set_state(json.loads(json.dumps(read.get_state())))
+    for _ in range(3):
+        assert same(next(again), next(read))
+    swapped = data.batches(columns(), batch_size=BATCH, seed=0)
+    swapped = open_(written).batches(second.batches(swapped, name="b"), name="a")
+    with pytest.raises(ValueError, match="cache of another teacher: its fingerprint"):
+        swapped.set_state(read.get_state())
+
+
+def test_a_student_of_several_caches_needs_no_teacher(written, second):
+    begun, names = distill.init(STUDENT), {"a": TEACHER, "b": SECOND}
+    terms = {n: Term(loss=losses.knowledge_distillation, of=n) for n in names}
+    task = jax.jit(distill.objective(SMALL, dict.fromkeys(names, LARGE), terms=terms))
+    read = data.batches(columns(), batch_size=BATCH, seed=0)
+    batch = next(second.batches(open_(written).batches(read, name="a"), name="b"))
+    found, _ = task(begun.params, {}, begun.model_state, batch, KEY)
+    batch.pop("teacher")
+    run, _ = task(begun.params, {"teacher": names}, begun.model_state, batch, KEY)
+    np.testing.assert_allclose(found, run, rtol=1e-4)
+
+
+def test_what_other_caches_say_is_not_lost(written, second, tmp_path):
+    taught, batches = open_(written), [columns()]
+    for names in ((None, None), ("a", None), (None, "b"), ("a", "a")):
+        first = taught.batches(batches, name=names[0])
+        with pytest.raises(ValueError, match="each teacher a name of its own"):
+            second.batches(first, name=names[1])
+    first = taught.batches(batches, name="a")
+    with pytest.raises(ValueError, match="examples: got 5 for batches of another"):
+        second.batches(first, name="b", examples=5)
+    between = taught.batches(iter([next(first)]), name="b")
+    with pytest.raises(ValueError, match="the batch has 'teacher' already; leave it"):
+        next(between)
+    plain = write(tmp_path, augmentation=None, taps=())
+    message = "of another augmentation: its name is shift_and_flip, .* none; the inp"
+    with pytest.raises(ValueError, match=message):
+        plain.batches(taught.batches(batches, name="a"), name="b")
+
+
 # --- resumed --------------------------------------------------------------------------
 
 

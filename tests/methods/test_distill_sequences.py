@@ -147,3 +147,55 @@ def test_what_a_teacher_says_of_other_words(variables, name):
         value_of(none, variables, key, given)[0] for given in (batch, BATCH)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["where", "labels", "inputs"])
+def test_a_batch_that_is_none_of_sequences(variables, name):
+    objective = distill.objective(MODEL, MODEL, terms=WORDS)
+    own = distill.on_policy(objective, write, begin=BEGIN)
+    batch = {part: value for part, value in BATCH.items() if part != name}
+    message = f"the batch has no '{name}'; it has .*distill.sequence_batch"
+    with pytest.raises(ValueError, match=message):
+        value_of(own, variables, jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint32])
+@pytest.mark.parametrize("made", ["library", "hand"])
+def test_tokens_of_any_integers(variables, kind, made):
+    """Whether the student writes or not, and whoever made the batch."""
+    objective = distill.objective(MODEL, MODEL, terms=WORDS)
+    labels = np.asarray(BATCH["labels"])
+    batch = distill.sequence_batch(SOURCE, labels.astype(kind), begin=BEGIN)
+    assert batch["labels"].dtype == batch["inputs"]["target"].dtype == np.int32
+    if made == "hand":
+        target = np.asarray(batch["inputs"]["target"]).astype(kind)
+        batch["inputs"]["target"], batch["labels"] = target, labels.astype(kind)
+
+    def narrow(student, batch, key):
+        return write(student, batch, key).astype(kind)
+
+    key = jax.random.key(4)
+    for share in (0.0, 1.0):
+        expected, found = (
+            value_of(
+                distill.on_policy(objective, generate, begin=BEGIN, share=share),
+                variables,
+                key,
+                given,
+            )[0]
+            for generate, given in ((write, BATCH), (narrow, batch))
+        )
+        assert found == expected
+
+
+def test_rows_that_count_of_sequences(variables):
+    """One a row is one for all of its places."""
+    objective = distill.objective(MODEL, MODEL, terms=WORDS)
+    own = distill.on_policy(objective, write, begin=BEGIN, share=0.0)
+    rows = jnp.array([True, False])
+    every = jnp.broadcast_to(rows[:, None], BATCH["where"].shape)
+    found, expected = (
+        value_of(own, variables, jax.random.key(0), {**BATCH, "where": where})[0]
+        for where in (rows, every)
+    )
+    assert found == expected

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtransfer import losses
-from jaxtransfer.methods import distill
+from jaxtransfer import losses, tree
+from jaxtransfer.methods import distill, finetune
 from jaxtransfer.methods.distill import Term
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, train_step
@@ -170,6 +170,59 @@ def test_rows_that_do_not_count_and_rows_of_a_teacher():
     np.testing.assert_allclose(measured["tokens"], squares, rtol=1e-5)
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_rows_of_a_teacher_of_tokens(as_list):
+    """The rows are [batch], the tokens that count [batch, length]."""
+    where, mine = jnp.arange(3) < jnp.arange(6)[:, None], jnp.arange(6) % 2 == 0
+    terms = {
+        "tokens": Term(
+            loss=lambda s, t, where: jnp.where(where, (s - t) ** 2, jnp.nan),
+            rows="mine",
+        )
+    }
+    batch = {"inputs": X, "where": where, "mine": mine}
+    if as_list:
+        batch |= {"where": where.tolist(), "mine": mine.tolist()}
+    _, _, measured = run(
+        distill.objective(SMALL, LARGE, terms=terms), distill.init(STUDENT), batch
+    )
+    own, taught = outputs()
+    counted = ((own - taught) ** 2)[np.asarray(where & mine[:, None])]
+    assert len(counted) == 5
+    np.testing.assert_allclose(measured["tokens"], counted.mean(), rtol=1e-5)
+
+
+def test_rows_that_count_as_a_list():
+    terms = {"t": Term(loss=losses.knowledge_distillation)}
+    task, begun = distill.objective(SMALL, LARGE, terms=terms), distill.init(STUDENT)
+    where = jnp.arange(6) < 4
+    expected, found = (
+        run(task, begun, {"inputs": X, "where": rows})[0]
+        for rows in (where, where.tolist())
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mine": jnp.ones(6)}, "mine: must be boolean, got float32; use `mine > 0`"),
+        ({"where": jnp.ones(6, int)}, "where: must be boolean, got int32; use"),
+        (
+            {"mine": jnp.ones(4, bool)},
+            r"'mine' is \(4,\), its 'where' \(6,\); give one",
+        ),
+    ],
+)
+def test_rows_that_say_nothing(given, message):
+    every = jnp.ones(6, bool)
+    term = Term(loss=lambda s, t, where: jnp.zeros(6), rows="mine")
+    task = distill.objective(SMALL, LARGE, terms={"t": term})
+    batch = {"inputs": X, "where": every, "mine": every, **given}
+    with pytest.raises(ValueError, match=message):
+        run(task, distill.init(STUDENT), batch)
+
+
 # --- several teachers -----------------------------------------------------------------
 
 
@@ -218,6 +271,43 @@ def test_what_the_batch_brings_is_not_run():
     np.testing.assert_allclose(online, offline, rtol=1e-6)
     with pytest.raises(ValueError, match="needs 'more'; cache that as well"):
         run(task, begun, {**BATCH, "teacher": {"": cached[""]}}, teacher=None)
+
+
+@pytest.mark.parametrize(
+    ("several", "form", "message"),
+    [
+        (True, lambda said: {"": said}, r"has \[''\], but '' is none of the teachers"),
+        (
+            True,
+            lambda said: {"bgi": {"": said}},
+            r"'bgi' is none of .* \['big'\]; give",
+        ),
+        (
+            True,
+            lambda said: {"big": {"": said}, "": said},
+            r"has \['', 'big'\], but '' .*cache\.batches\(data, name=\.\.\.\)",
+        ),
+        (True, lambda said: {"big": said}, r"\['big'\] is no mapping; give {'': outp"),
+        (True, lambda said: said, "is no mapping; give {name: {'': outputs, path: f"),
+        (False, lambda said: said, "is no mapping; .* for outputs alone {'': outputs}"),
+    ],
+)
+def test_what_the_batch_brings_in_another_form(several, form, message):
+    """Is refused, the teacher that is there is not run in its place."""
+    name = "big" if several else "teacher"
+    terms = {"kd": Term(loss=losses.knowledge_distillation, of=name)}
+    task = distill.objective(SMALL, {"big": LARGE} if several else LARGE, terms=terms)
+    said = LARGE.apply(TEACHER, X)[0]
+    batch, given = {**BATCH, "teacher": form(said)}, {"big": TEACHER}
+    with pytest.raises(ValueError, match=message):
+        run(task, distill.init(STUDENT), batch, given if several else TEACHER)
+
+
+def test_what_the_batch_brings_without_a_teacher():
+    """Is of nobody here, so that labels alone may be learned from the same batches."""
+    task, begun = distill.objective(SMALL, terms={}), distill.init(STUDENT)
+    batch = {**BATCH, "teacher": {"": jnp.ones((6, 3))}}
+    assert run(task, begun, batch, None)[0] == run(task, begun, teacher=None)[0]
 
 
 def test_the_student_teaches_itself():
@@ -499,6 +589,12 @@ def test_names_and_teachers_that_are_missing():
             distill.init(STUDENT),
             teacher=None,
         )
+    named = Term(loss=losses.knowledge_distillation, of="a")
+    with pytest.raises(ValueError, match=r"got Variables, but .* names; give {'a': it"):
+        run(
+            distill.objective(SMALL, {"a": LARGE}, terms={"t": named}),
+            distill.init(STUDENT),
+        )
     with pytest.raises(ValueError, match="decay: got 2.0"):
         distill.moving_average(2.0)
 
@@ -533,3 +629,45 @@ def test_schedules_need_terms(name, types_unchecked):
     schedule: Any = optax.constant_schedule(0.5)
     with pytest.raises(ValueError, match=f"{name}: a schedule needs a term; give"):
         distill.objective(SMALL, LARGE, **{name: schedule})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"alpha": 0.5}, "alpha: got 0.5 with terms, .* give distill.Term"),
+        ({"alpha": 0.9}, "alpha: got 0.9 with terms"),  # even that of the default
+        ({"temperature": 1.0}, "temperature: got 1.0 with terms, which have their own"),
+        ({"terms": None, "task_weight": 0.0}, "task_weight: got 0.0 without.*alpha="),
+        (
+            {"terms": None, "task_weight": optax.constant_schedule(1)},
+            "task_weight: got",
+        ),
+    ],
+)
+def test_weights_that_would_not_be_read(option, message):
+    given = {"terms": {"t": Term(loss=losses.knowledge_distillation)}, **option}
+    with pytest.raises(ValueError, match=message):
+        distill.objective(SMALL, LARGE, **given)
+
+
+def test_layers_of_a_student_are_not_held():
+    """By the objective; the optimizer may, and then the student stays in one piece."""
+    begun = distill.init(STUDENT)
+    part, frozen = finetune.split(begun, "student/head")
+    task = distill.objective(SMALL, LARGE)
+    message = "holds 'student/first/bias' .one of .*set_to_zero"
+    with pytest.raises(ValueError, match=message):
+        run(task, part, **frozen)
+    with pytest.raises(ValueError, match=message):
+        distill.predict(SMALL)(part.params, frozen, part.model_state, X)
+    kinds = tree.map_with_path(
+        lambda path, _: "train" if "head" in path else "hold", begun.params
+    )
+    optimizer = optax.multi_transform(
+        {"train": optax.adamw(0.1), "hold": optax.set_to_zero()}, kinds
+    )
+    state = init_state(KEY, begun, optimizer, frozen={"teacher": TEACHER})
+    state, _ = jax.jit(train_step(task, optimizer))(state, BATCH)
+    after, before = state.params["student"], STUDENT.params
+    assert same(after["first"], before["first"]) and same(after["maps"], before["maps"])
+    assert not same(after["head"], before["head"])

@@ -159,3 +159,13 @@ def test_samples_follow_the_probabilities():
             end=END,
             temperature=0.0,
         )
+
+
+@pytest.mark.parametrize("end", [-1, VOCABULARY])
+def test_ends_that_can_not_be_written(end):
+    step, state = of_tables(tables(1, 4))
+    begin, message = jnp.ones(1, int), f"end must be in 0 … 3, got {end}"
+    with pytest.raises(ValueError, match=message):
+        ops.beam_search(step, state, begin, beams=2, length=4, end=end)
+    with pytest.raises(ValueError, match=message):
+        ops.sample_tokens(step, state, begin, jax.random.key(0), length=4, end=end)

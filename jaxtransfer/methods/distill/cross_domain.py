@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtransfer import losses
 from jaxtransfer.methods._domains import domains, gather, join
 from jaxtransfer.methods.distill.objective import divergence
-from jaxtransfer.methods.distill.student import of_student
+from jaxtransfer.methods.distill.student import check_whole, of_student
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -61,7 +61,7 @@ def cross_domain_objective(
 
     Raises:
         ValueError: (at the first call) source and target have different shapes, or one
-            of them ``"where"``.
+            of them ``"where"``, or layers of the student are held.
     """
 
     def value(
@@ -71,6 +71,7 @@ def cross_domain_objective(
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        check_whole(params, frozen)
         source, target = domains(batch)
         inputs = join(source["inputs"], target["inputs"])
         count = len(source["inputs"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxtransfer import losses, prng
 from jaxtransfer.methods.distill.objective import divergence
-from jaxtransfer.methods.distill.student import init, of_student
+from jaxtransfer.methods.distill.student import check_whole, init, of_student
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -83,7 +83,8 @@ def data_free_objective(
 
     Raises:
         ValueError: ``examples`` or ``noise`` is not positive; (at the first call)
-            student and teacher differ in their number of classes.
+            student and teacher differ in their number of classes, or layers of the
+            student are held.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -112,6 +113,7 @@ def data_free_objective(
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
         del batch
+        check_whole(params, frozen)
         draw, own_key, student_key = prng.streams(key, "noise", "generator", "student")
         z = jax.random.normal(draw, (examples, noise))
         made, _, generator_state = generator.apply(

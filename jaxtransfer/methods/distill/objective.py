@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxtransfer import losses, prng
 from jaxtransfer.methods._supervised import task_loss
+from jaxtransfer.methods.distill.student import check_whole
 from jaxtransfer.methods.distill.terms import Scheduled, Term, at, evaluate
 from jaxtransfer.methods.distill.views import Teacher, Terms, Views, bridge_of, sides
 from jaxtransfer.train import metrics
@@ -64,8 +65,8 @@ def objective(
     *,
     terms: Terms | None = None,
     task_weight: Scheduled | None = None,
-    temperature: float = 4.0,
-    alpha: float = 0.9,
+    temperature: float | None = None,
+    alpha: float | None = None,
     loss: Callable[[Any, Any], jax.Array] = losses.cross_entropy,
 ) -> Objective:
     r"""Distillation: a task loss and weighted terms between student and teachers.
@@ -86,10 +87,11 @@ def objective(
         teacher: network of ``frozen["teacher"]``, a ``Variables``; or several by name,
             of ``frozen["teacher"][name]``; None if no term needs one.
         terms: by name; see :class:`~jaxtransfer.methods.distill.Term`.
-        task_weight: :math:`w`, a number or a schedule; 1 with ``terms``, else
-            :math:`1 - \alpha`. 0.0 leaves the task loss out.
-        temperature: :math:`T > 0`, without ``terms``.
-        alpha: weight of the teacher, 0 … 1, without ``terms``; at 0 it is not run.
+        task_weight: :math:`w`, a number or a schedule, with ``terms``; 1 by default.
+            0.0 leaves the task loss out.
+        temperature: :math:`T > 0`, without ``terms``; 4 by default.
+        alpha: weight of the teacher, 0 … 1, without ``terms``; 0.9 by default, at 0 it
+            is not run.
         loss: task loss, ``(outputs, labels) -> [batch]``.
 
     Returns:
@@ -101,10 +103,12 @@ def objective(
 
     Raises:
         ValueError: ``alpha`` or ``temperature`` is out of range or a schedule, which
-            terms alone have, an unknown teacher, or a name that is taken; (at the first
-            call) teacher and student differ in their number of classes, several
-            teachers of one term have unlike shapes, a bridge or a memory was not
-            started, or the batch lacks what a term reads.
+            terms alone have; one of them is given with ``terms``, or ``task_weight``
+            without; an unknown teacher, or a name that is taken; (at the first call)
+            teacher and student differ in their number of classes, several teachers of
+            one term have unlike shapes, a bridge or a memory was not started, layers of
+            the student are held, or the batch lacks what a term reads, or has
+            ``"teacher"`` of another form.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -122,7 +126,21 @@ def objective(
     References:
         Hinton, Vinyals, Dean, *Distilling the knowledge in a neural network*, 2015.
     """
+    plain = terms is None
+    if plain and task_weight is not None:
+        raise ValueError(
+            f"task_weight: got {task_weight} without terms, where it is 1 - alpha; "
+            "give alpha=..., or terms={'logits': distill.Term("
+            "loss=losses.knowledge_distillation, weight=..., options={'temperature': "
+            "...})} beside it"
+        )
     for name, given in (("alpha", alpha), ("temperature", temperature)):
+        if not plain and given is not None:
+            raise ValueError(
+                f"{name}: got {given} with terms, which have their own; give "
+                "distill.Term(weight=..., options={'temperature': ...}) and "
+                "task_weight=..."
+            )
         if callable(given):
             raise ValueError(
                 f"{name}: a schedule needs a term; give terms={{'logits': "
@@ -130,11 +148,12 @@ def objective(
                 "options={'temperature': ...})} and task_weight=..., of which each may "
                 "be a schedule, and begin with distill.start(...)"
             )
+    alpha = 0.9 if alpha is None else alpha
+    temperature = 4.0 if temperature is None else temperature
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha: got {alpha}; a weight is in 0 … 1")
     if temperature <= 0:
         raise ValueError(f"temperature: got {temperature}; it must be positive")
-    plain = terms is None
     if plain:
         terms = {
             "distillation": Term(
@@ -166,6 +185,7 @@ def objective(
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        check_whole(params, frozen)
         now = weighted(batch)
         views = Views(student, teacher, now)
         updates = model_state.get("updates")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import prng
-from jaxtransfer.methods.distill.student import of_student
+from jaxtransfer.methods.distill.student import check_whole, of_student
+from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -36,7 +37,8 @@ def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) ->
 
     Returns:
         ``{"inputs": {"source", "target"}, "labels" [batch, length], "where" [batch,
-        length]}``: places of padding don't count.
+        length]}``: places of padding don't count. Tokens are int32 whatever integers
+        they were.
 
     Example:
         >>> import jax.numpy as jnp
@@ -45,7 +47,7 @@ def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) ->
         >>> batch["inputs"]["target"].tolist(), batch["where"].tolist()
         ([[1, 5, 6, 2]], [[True, True, True, False]])
     """
-    tokens = jnp.asarray(tokens)
+    tokens = _tokens(tokens)
     first = jnp.full_like(tokens[:, :1], begin)
     return {
         "inputs": {
@@ -55,6 +57,13 @@ def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) ->
         "labels": tokens,
         "where": tokens != padding,
     }
+
+
+def _tokens(given: Any) -> jax.Array:
+    """Tokens of any integers as int32."""
+    tokens = jnp.asarray(given)
+    integers = jnp.issubdtype(tokens.dtype, jnp.integer)
+    return tokens.astype(jnp.int32) if integers else tokens
 
 
 def on_policy(
@@ -89,8 +98,8 @@ def on_policy(
 
     Raises:
         ValueError: ``share`` is out of range; (at the first call) what is generated has
-            another length than the batch, or the batch has what a teacher says of
-            the words that are replaced.
+            another length than the batch, the batch lacks what :func:`sequence_batch`
+            makes, or has what a teacher says of the words that are replaced.
 
     Example:
         >>> from jaxtransfer.methods import distill
@@ -114,6 +123,13 @@ def on_policy(
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
+        check_whole(params, frozen)
+        missing = [name for name in ("inputs", "labels", "where") if name not in batch]
+        if missing:
+            raise ValueError(
+                f"the batch has no {missing[0]!r}; it has {sorted(batch)}; make it "
+                "with distill.sequence_batch(source, tokens, begin=...)"
+            )
         stale = [name for name in ("teacher", "teacher_inputs") if name in batch]
         if share and stale:
             raise ValueError(
@@ -125,7 +141,7 @@ def on_policy(
         student = jax.lax.stop_gradient(of_student(params, model_state))
 
         def own(batch: Batch) -> Batch:
-            tokens = generate(student, batch, words)
+            tokens = jnp.asarray(generate(student, batch, words))
             if tokens.shape != batch["labels"].shape:
                 raise ValueError(
                     f"generate: wrote tokens {tokens.shape} for a batch of "
@@ -134,7 +150,16 @@ def on_policy(
             source = batch["inputs"]["source"]
             return sequence_batch(source, tokens, begin=begin, padding=padding)
 
-        lesson = {name: batch[name] for name in ("inputs", "labels", "where")}
+        target, labels = (
+            _tokens(part) for part in (batch["inputs"]["target"], batch["labels"])
+        )
+        lesson = {  # of the types and shapes that own words have
+            "inputs": {**batch["inputs"], "target": target},
+            "labels": labels,
+            "where": jnp.broadcast_to(
+                metrics.cover(batch["where"], labels), labels.shape
+            ),
+        }
         chosen = jax.lax.cond(
             jax.random.bernoulli(draw, share), own, lambda same: same, lesson
         )

@@ -1,10 +1,11 @@
 """The student in a training state, and its moving average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from jaxtransfer import tree
 from jaxtransfer.train.state import TrainState
 from jaxtransfer.typing import (
     Frozen,
@@ -47,6 +48,26 @@ def of_student(params: Params, model_state: ModelState) -> Variables:
     return Variables(params["student"], model_state["student"])
 
 
+def check_whole(params: Params, frozen: Frozen) -> None:
+    """A student is trained as a whole, unlike a network that is fine-tuned.
+
+    Raises:
+        ValueError: some of its parameters are held, in ``frozen["params"]`` alone.
+    """
+    held = (frozen or {}).get("params")
+    held = held.get("student") if isinstance(held, Mapping) else None
+    if not isinstance(held, Mapping):
+        return
+    trained = tree.flatten(params.get("student", {}))
+    if lacking := sorted(set(tree.flatten(held)) - set(trained)):
+        raise ValueError(
+            f"frozen['params'] holds {'student/' + lacking[0]!r} (one of "
+            f"{len(lacking)}), but a student is trained as a whole; leave "
+            "finetune.split out, and hold layers in the optimizer: "
+            "optax.multi_transform with optax.set_to_zero()"
+        )
+
+
 def predict(student: Model) -> Predict:
     """Outputs of the student.
 
@@ -55,12 +76,15 @@ def predict(student: Model) -> Predict:
 
     Returns:
         ``(params, frozen, model_state, inputs) -> outputs`` in evaluation mode.
+
+    Raises:
+        ValueError: (at the call) layers of the student are held.
     """
 
     def run(
         params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
     ) -> Any:
-        del frozen
+        check_whole(params, frozen)
         return student.apply(of_student(params, model_state), inputs)[0]
 
     return run

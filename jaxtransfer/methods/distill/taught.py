@@ -141,7 +141,11 @@ class TeacherCache:
         )
 
     def batches(
-        self, data: Iterable[Any], *, examples: int | None = None
+        self,
+        data: Iterable[Any],
+        *,
+        examples: int | None = None,
+        name: str | None = None,
     ) -> "TaughtBatches":
         """Add to batches what the teacher says of them, and augment their inputs.
 
@@ -149,20 +153,30 @@ class TeacherCache:
         variant; the position is saved with that of ``data`` and with what the cache is
         of, so that a run does not go on with another one.
 
+        Of several teachers, each has a cache and a name, and the batches of one are the
+        data of the next: ``b.batches(a.batches(data, name="a"), name="b")``. They are
+        of one augmentation, by which the inputs are augmented once.
+
         Args:
             data: batches with ``"inputs"`` and ``"index"``, the examples' places in the
                 data set, as of :func:`~jaxtransfer.data.batches` of arrays with a
                 column ``"index": np.arange(n)``.
             examples: of one epoch of ``data``, those of the cache by default; those of
-                this process if ``data`` is a shard.
+                this process if ``data`` is a shard. Batches of another cache have
+                theirs.
+            name: of the teacher, where the objective has several by name.
 
         Returns:
-            An iterator over the batches with ``"teacher"`` and ``"variant"``
-            ``[batch]``, for :func:`~jaxtransfer.train.fit`.
+            An iterator over the batches with ``"teacher"``, as :meth:`lookup` gives it
+            or, with a name, that under the name, and ``"variant"`` ``[batch]``, for
+            :func:`~jaxtransfer.train.fit`.
+
+        Raises:
+            ValueError: batches of another cache have no name, this one or another
+                augmentation, or ``examples`` is given again; (at a batch) it has no
+                ``"index"``, or a ``"teacher"`` that is not of another cache.
         """
-        return TaughtBatches(
-            self, data, self.examples if examples is None else examples
-        )
+        return TaughtBatches(self, data, examples, name)
 
 
 def _widened(rows: Any) -> Any:
@@ -213,9 +227,20 @@ class DeviceCache(struct.PyTreeNode):
 class TaughtBatches(Iterator[Any]):
     """Batches with what a cached teacher says; see :meth:`TeacherCache.batches`."""
 
-    def __init__(self, cache: TeacherCache, data: Iterable[Any], examples: int):
-        self._cache, self._data, self._examples = cache, iter(data), examples
-        self._seen = 0
+    def __init__(
+        self,
+        cache: TeacherCache,
+        data: Iterable[Any],
+        examples: int | None,
+        name: str | None = None,
+    ):
+        self._cache, self._data, self._seen = cache, iter(data), 0
+        self._examples = cache.examples if examples is None else examples
+        self._name, self._names = name, {name}
+        self._chained = isinstance(self._data, TaughtBatches)
+        if isinstance(self._data, TaughtBatches):
+            self._names |= self._data._names
+            _check_chain(cache, self._data, examples, name)
         self._augment = jax.jit(cache.augmentation.__call__)
 
     def __next__(self) -> dict[str, Any]:
@@ -226,14 +251,35 @@ class TaughtBatches(Iterator[Any]):
                 "column 'index': np.arange(n) to the arrays of the data set"
             )
         indices = np.asarray(batch["index"])
+        others: Mapping[str, Any] = {}
+        if self._chained:  # The other cache has augmented the inputs.
+            inputs, variant, others = (
+                batch["inputs"],
+                batch["variant"],
+                batch["teacher"],
+            )
+        else:
+            inputs, variant = self._begin(batch, indices)
+        taught: dict[str, Any] = self._cache.lookup(indices, variant)
+        if self._name is not None:
+            taught = {**others, self._name: taught}
+        self._seen += len(indices)
+        return {**batch, "inputs": inputs, "variant": variant, "teacher": taught}
+
+    def _begin(self, batch: Mapping[str, Any], indices: np.ndarray) -> tuple[Any, Any]:
+        """Inputs and variants of a batch that no cache has seen."""
+        if "teacher" in batch:
+            raise ValueError(
+                "the batch has 'teacher' already; leave it out or, if it is of another "
+                "cache, give that one's batches as they are: "
+                "b.batches(a.batches(data, name='a'), name='b')"
+            )
         epochs = (self._seen + np.arange(len(indices))) // self._examples
         variant = self._cache.augmentation.variant(epochs).astype(np.int32)
-        taught = self._cache.lookup(indices, variant)
         inputs = batch["inputs"]
         if self._cache.augmentation.augment is not None:
             inputs = self._augment(inputs, indices, variant)
-        self._seen += len(indices)
-        return {**batch, "inputs": inputs, "variant": variant, "teacher": taught}
+        return inputs, variant
 
     def get_state(self) -> dict[str, Any]:
         """The position and what the cache is of, for a checkpoint."""
@@ -263,6 +309,36 @@ class TaughtBatches(Iterator[Any]):
             )
         set_position(self._data, state["data"])
         self._seen = state["seen"]
+
+
+def _check_chain(
+    cache: TeacherCache,
+    inner: TaughtBatches,
+    examples: int | None,
+    name: str | None,
+) -> None:
+    """Raises ValueError if a cache can't be read beside that of these batches."""
+    names = inner._names
+    if name is None or None in names or name in names:
+        raise ValueError(
+            f"name: got {name!r} for batches of another cache, {list(names)}; give "
+            "each teacher a name of its own: "
+            "b.batches(a.batches(data, name='a'), name='b')"
+        )
+    if examples is not None:
+        raise ValueError(
+            f"examples: got {examples} for batches of another cache, which say the "
+            "epoch; give it to that one alone"
+        )
+    part = "augmentation"
+    wanted = {part: inner._cache.identity[part]}
+    if other := difference(cache.identity, wanted):
+        raise ValueError(
+            f"the batches are of a cache of another {other.kind}: its {other.name} is "
+            f"{other.wanted}, that of the cache in {str(cache.folder)!r} is "
+            f"{other.found}; the inputs are augmented once, so write both with the "
+            "same augmentation"
+        )
 
 
 __all__ = ["TOP_K", "DeviceCache", "TaughtBatches", "TeacherCache"]

@@ -116,9 +116,11 @@ def counting_rows(term: Term, batch: Batch) -> jax.Array | None:
     """Rows that count for a term, None if all do.
 
     Raises:
-        ValueError: the batch lacks the array that says which.
+        ValueError: the batch lacks the array that says which, or has no boolean one.
     """
     where = batch.get("where")
+    if where is not None:
+        where = jnp.asarray(where)
     if term.rows is None:
         return where
     if term.rows not in batch:
@@ -126,8 +128,21 @@ def counting_rows(term: Term, batch: Batch) -> jax.Array | None:
             f"rows: the batch has no {term.rows!r}, which says whom this teacher "
             f"teaches; it has {sorted(batch)}"
         )
-    rows = batch[term.rows]
-    return rows if where is None else rows & where
+    rows = jnp.asarray(batch[term.rows])
+    for name, mask in ((term.rows, rows), ("where", where)):
+        if mask is not None and mask.dtype != bool:
+            raise ValueError(
+                f"{name}: must be boolean, got {mask.dtype}; use `{name} > 0`"
+            )
+    if where is None:
+        return rows
+    if rows.shape[:1] != where.shape[:1]:
+        raise ValueError(
+            f"rows: the batch's {term.rows!r} is {rows.shape}, its 'where' "
+            f"{where.shape}; give one a row, [batch]"
+        )
+    # Of tokens, where is [batch, length].
+    return metrics.cover(rows, where) & metrics.cover(where, rows)
 
 
 def evaluate(

@@ -40,6 +40,7 @@ class Views:
                 "another"
             )
         self.alone = isinstance(teacher, Model)
+        self.named = () if self.alone else tuple(several)
         self.student, self.terms = student, terms
         self.models = {**several, AVERAGE: student}
         for name, term in terms.items():
@@ -78,13 +79,11 @@ class Views:
         """The same of every teacher that a term needs, from the batch if it is there.
 
         Raises:
-            ValueError: there are no variables for a teacher, or the batch lacks what
-                only a cache has.
+            ValueError: there are no variables for a teacher, the batch lacks what only
+                a cache has, or it has something else as "teacher".
         """
         found: dict[str, Features] = {}
-        cached = batch.get("teacher", {})
-        if self.alone and cached:
-            cached = {TEACHER: cached}
+        cached = self._cached(batch)
         for name in dict.fromkeys(n for t in self.terms.values() for n in t.teachers):
             wanted = self._paths(name)
             if name == STUDENT:
@@ -103,7 +102,8 @@ class Views:
                 raise ValueError(
                     f"teacher {name!r}: a term needs {likeliest[0]!r}, which only a "
                     "cache has, but the batch has no 'teacher' with it; take batches "
-                    "from distill.cache_teacher(..., top_k=...).batches(data)"
+                    "from distill.cache_teacher(..., top_k=...).batches(data"
+                    + (")" if self.alone else f", name={name!r})")
                 )
             output, features, _ = self.models[name].apply(
                 self._variables(name, frozen, model_state),
@@ -112,6 +112,36 @@ class Views:
             )
             found[name] = jax.lax.stop_gradient({**features, "": output})
         return found
+
+    def _cached(self, batch: Batch) -> Mapping[str, Any]:
+        """What the batch says of teachers, by name.
+
+        Raises:
+            ValueError: it is not of that form, or of nobody here.
+        """
+        given, path = batch.get("teacher", {}), "{'': outputs, path: features}"
+        if not isinstance(given, Mapping):
+            form = path if self.alone else f"{{name: {path}}}"
+            raise ValueError(
+                f"batch['teacher'] is no mapping; give {form}, for outputs alone "
+                f"{form.replace(', path: features', '')}"
+            )
+        if self.alone:
+            return {TEACHER: given} if given else {}
+        if not self.named:
+            return {}
+        if unknown := sorted(set(given) - set(self.named)):
+            raise ValueError(
+                f"batch['teacher'] has {sorted(given)}, but {unknown[0]!r} is none of "
+                f"the teachers {sorted(self.named)}; give {{name: {path}}}, with a "
+                "cache by cache.batches(data, name=...)"
+            )
+        for name, of_one in given.items():
+            if not isinstance(of_one, Mapping):
+                raise ValueError(
+                    f"batch['teacher'][{name!r}] is no mapping; give {path}"
+                )
+        return given
 
     def _variables(
         self, name: str, frozen: Frozen, model_state: ModelState
@@ -130,6 +160,11 @@ class Views:
             )
         if self.alone:
             return frozen[TEACHER]
+        if not isinstance(frozen[TEACHER], Mapping):
+            raise ValueError(
+                f"frozen['teacher']: got {type(frozen[TEACHER]).__name__}, but the "
+                f"teachers have names; give {{{name!r}: its variables}}"
+            )
         if name not in frozen[TEACHER]:
             raise ValueError(
                 f"frozen['teacher'] has {sorted(frozen[TEACHER])}, but a term needs "
