@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtransfer import tree
@@ -88,7 +89,7 @@ def masks(
 
 def check_share(sparsity: Any, name: str) -> None:
     """Refuse a number that is not in 0 … 1; traced ones pass."""
-    if isinstance(sparsity, int | float | np.number) and not 0 <= sparsity <= 1:
+    if not isinstance(sparsity, Tracer) and not 0 <= sparsity <= 1:
         raise ValueError(f"{name}: got {sparsity}; a share of weights is in 0 … 1")
 
 

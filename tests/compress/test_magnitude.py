@@ -107,6 +107,7 @@ def test_pruned_is_zero_whatever_stood_there():
         ({"sparsity": 1.01}, "sparsity: got 1.01; a share of weights is in 0 … 1"),
         ({"sparsity": -1}, "sparsity: got -1"),
         ({"sparsity": np.float32(1.5)}, "sparsity: got 1.5; a share of"),
+        ({"sparsity": jnp.float32(1.5)}, "sparsity: got 1.5; a share of"),
         ({"sparsity": np.int64(50)}, "sparsity: got 50; a share of"),
         ({"scope": "block"}, 'scope: got \'block\'; choose "layer" or "global"'),
         ({"structure": "row"}, "structure: got 'row'; choose None"),
