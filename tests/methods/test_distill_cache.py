@@ -494,6 +494,10 @@ def test_several_caches_are_gone_on_with(written, second):
     swapped = open_(written).batches(second.batches(swapped, name="b"), name="a")
     with pytest.raises(ValueError, match="cache of another teacher: its fingerprint"):
         swapped.set_state(read.get_state())
+    renamed = data.batches(columns(), batch_size=BATCH, seed=0)
+    renamed = second.batches(open_(written).batches(renamed, name="a"), name="c")
+    with pytest.raises(ValueError, match="name: the run read this cache as 'b', not"):
+        renamed.set_state(read.get_state())
 
 
 def test_a_student_of_several_caches_needs_no_teacher(written, second):

@@ -157,6 +157,9 @@ def test_a_batch_that_is_none_of_sequences(variables, name):
     message = f"the batch has no '{name}'; it has .*distill.sequence_batch"
     with pytest.raises(ValueError, match=message):
         value_of(own, variables, jax.random.key(0), batch)
+    batch = {**BATCH, "inputs": {"source": SOURCE}}
+    with pytest.raises(ValueError, match="the batch has no 'target'; it has .'source'"):
+        value_of(own, variables, jax.random.key(0), batch)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint32])

@@ -59,6 +59,18 @@ def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) ->
     }
 
 
+def _check_sequences(batch: Batch) -> None:
+    for part, names in (
+        (batch, ("inputs", "labels", "where")),
+        (batch.get("inputs", {}), ("source", "target")),
+    ):
+        if missing := [name for name in names if name not in part]:
+            raise ValueError(
+                f"the batch has no {missing[0]!r}; it has {sorted(part)}; make it "
+                "with distill.sequence_batch(source, tokens, begin=...)"
+            )
+
+
 def _tokens(given: Any) -> jax.Array:
     """Tokens of any integers as int32."""
     tokens = jnp.asarray(given)
@@ -124,12 +136,7 @@ def on_policy(
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
         check_whole(params, frozen)
-        missing = [name for name in ("inputs", "labels", "where") if name not in batch]
-        if missing:
-            raise ValueError(
-                f"the batch has no {missing[0]!r}; it has {sorted(batch)}; make it "
-                "with distill.sequence_batch(source, tokens, begin=...)"
-            )
+        _check_sequences(batch)
         stale = [name for name in ("teacher", "teacher_inputs") if name in batch]
         if share and stale:
             raise ValueError(

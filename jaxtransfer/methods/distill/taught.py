@@ -286,6 +286,7 @@ class TaughtBatches(Iterator[Any]):
         return {
             "seen": self._seen,
             "cache": self._cache.identity,
+            "name": self._name,
             "data": position_of(self._data),
         }
 
@@ -293,14 +294,19 @@ class TaughtBatches(Iterator[Any]):
         """Go to a position that :meth:`get_state` returned.
 
         Raises:
-            ValueError: the run read a cache of something else, or the data can't be
-                set to a position.
+            ValueError: the run read a cache of something else or of a teacher of
+                another name, or the data can't be set to a position.
         """
         if other := difference(self._cache.identity, state["cache"]):
             raise ValueError(
                 f"the run read a cache of another {other.kind}: its {other.name} was "
                 f"{other.wanted}, that of the cache in {str(self._cache.folder)!r} is "
                 f"{other.found}; open that one to go on, or begin a run of its own"
+            )
+        if (before := state.get("name", self._name)) != self._name:
+            raise ValueError(
+                f"name: the run read this cache as {before!r}, not as {self._name!r}; "
+                "give the same name to go on, or begin a run of its own"
             )
         if state["data"] is None or not hasattr(self._data, "set_state"):
             raise ValueError(
