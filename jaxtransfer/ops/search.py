@@ -54,6 +54,7 @@ def beam_search(
             batch * beams, the beams of an example beside each other.
         state: Any pytree of arrays [batch, ...], such as keys and values of attention.
         begin: The token that a sequence begins with, [batch]; it is not part of it.
+            Tokens are of its type.
         length: The most tokens of a sequence, the end's among them; positive.
         end: The token that ends a sequence, one of the vocabulary.
         beams: How many sequences an example, positive and less than the vocabulary.
@@ -134,7 +135,7 @@ def beam_search(
         vocabulary = logs.shape[-1]
         if beams >= vocabulary:
             raise ValueError(f"beams must be less than {vocabulary}, got {beams}.")
-        _check_end(end, vocabulary)
+        _check_tokens(end, vocabulary, last.dtype)
         if where is not None:
             logs = jnp.where(where, logs, _NEVER)
         total = jnp.maximum(live[..., None] + logs, _NEVER)
@@ -160,7 +161,12 @@ def beam_search(
     return merge(found, Beams(written, unfinished, jnp.full((batch, beams), length)))
 
 
-def _check_end(end, vocabulary):
+def _check_tokens(end, vocabulary, dtype):
+    if vocabulary - 1 > jnp.iinfo(dtype).max:
+        raise ValueError(
+            f"begin: tokens are of its type, {dtype}, which has no room for a "
+            f"vocabulary of {vocabulary}; give it as int32."
+        )
     # A negative end would count from the back when read, and never be written.
     if not 0 <= end < vocabulary:
         raise ValueError(f"end must be in 0 … {vocabulary - 1}, got {end}.")
@@ -185,6 +191,7 @@ def sample_tokens(
         step: ``(state, tokens [batch]) -> (logits [batch, vocabulary], state)``.
         state: Any pytree of arrays.
         begin: The token that a sequence begins with, [batch]; it is not part of it.
+            Tokens are of its type.
         key: Of the draws.
         length: The most tokens of a sequence, positive.
         end: The token that ends a sequence, one of the vocabulary.
@@ -215,7 +222,7 @@ def sample_tokens(
     def write(carry, key):
         last, over, state = carry
         logits, state = step(state, last)
-        _check_end(end, logits.shape[-1])
+        _check_tokens(end, logits.shape[-1], last.dtype)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         token = jax.random.categorical(key, logits / temperature).astype(last.dtype)
         token = jnp.where(over, padding, token)

@@ -169,3 +169,14 @@ def test_ends_that_can_not_be_written(end):
         ops.beam_search(step, state, begin, beams=2, length=4, end=end)
     with pytest.raises(ValueError, match=message):
         ops.sample_tokens(step, state, begin, jax.random.key(0), length=4, end=end)
+
+
+def test_tokens_that_begin_has_no_room_for():
+    def step(state, tokens):
+        return jnp.zeros((len(tokens), 300)), state
+
+    begin, message = jnp.ones(1, jnp.int8), "begin: .* int8, which has no room for"
+    with pytest.raises(ValueError, match=message):
+        ops.beam_search(step, (), begin, beams=2, length=4, end=0)
+    with pytest.raises(ValueError, match=message):
+        ops.sample_tokens(step, (), begin, jax.random.key(0), length=4, end=0)
