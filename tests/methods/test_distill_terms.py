@@ -206,8 +206,8 @@ def test_rows_that_count_as_a_list():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mine": jnp.ones(6)}, "mine: must be boolean, got float32; use `mine > 0`"),
-        ({"where": jnp.ones(6, int)}, "where: must be boolean, got int32; use"),
+        ({"mine": jnp.ones(6)}, "mine must be boolean, got float32; use `mine > 0`"),
+        ({"where": jnp.ones(6, int)}, "where must be boolean, got int32; use"),
         (
             {"mine": jnp.ones(4, bool)},
             r"'mine' is \(4,\), its 'where' \(6,\); give one",

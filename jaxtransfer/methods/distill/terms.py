@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.losses.reduction import check_mask
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import Batch, Mean, Model
 
@@ -129,13 +130,10 @@ def counting_rows(term: Term, batch: Batch) -> jax.Array | None:
             f"teaches; it has {sorted(batch)}"
         )
     rows = jnp.asarray(batch[term.rows])
-    for name, mask in ((term.rows, rows), ("where", where)):
-        if mask is not None and mask.dtype != bool:
-            raise ValueError(
-                f"{name}: must be boolean, got {mask.dtype}; use `{name} > 0`"
-            )
+    rows = check_mask(term.rows, rows, rows.shape)
     if where is None:
         return rows
+    where = check_mask("where", where, where.shape)
     if rows.shape[:1] != where.shape[:1]:
         raise ValueError(
             f"rows: the batch's {term.rows!r} is {rows.shape}, its 'where' "
