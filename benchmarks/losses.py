@@ -8,7 +8,8 @@ the same numbers and must return the same value. Needs PyTorch (``pip install to
 the profiler for the peer. Both run with `jaxtransfer.parallel.keep_host_memory`, unless
 ``--fresh`` is given. On a GPU some rows at a time are compiled, by as many threads as
 there are cores, and then timed. The files are written anew after every row, so a run
-that is stopped leaves what it has.
+that is stopped leaves what it has; a row that fails, for want of memory perhaps, is
+named at the end, and the others are measured.
 """
 
 import argparse
@@ -77,7 +78,8 @@ def compiled_together(chosen: dict[str, peers.Row], name: str) -> dict[str, Any]
     calls = {n: in_jax(chosen[n]) for n in names[begin : begin + 2 * cores]}
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(cores) as threads:
-        list(threads.map(lambda run: run(), calls.values()))
+        # What one raises, it raises again when its row is measured.
+        concurrent.futures.wait([threads.submit(run) for run in calls.values()])
     print(f"({len(calls)} compiled in {time.perf_counter() - start:.0f} s)", flush=True)
     return calls
 
@@ -108,6 +110,25 @@ def memory_of_torch(run) -> float:
         if event.get("name") == "[memory]"
     )
     return max(itertools.accumulate(change for _, change in changes)) / 1e6
+
+
+def measure(name: str, row: peers.Row, ours: Any, rounds: int, memory: bool) -> dict:
+    """The entry of a row in the record.
+
+    Raises:
+        AssertionError: the two values differ.
+    """
+    theirs = in_torch(row)
+    if row.rtol is not None:
+        np.testing.assert_allclose(
+            float(ours()[0]), float(theirs()[0]), rtol=row.rtol, err_msg=name
+        )
+    seconds = interleave({"jax": ours, "torch": theirs}, rounds=rounds)
+    entry = {**seconds, "ratio": seconds["jax"] / seconds["torch"], "of": row.of}
+    if memory:
+        megabytes = memory_of_jax(row), memory_of_torch(theirs)
+        entry["megabytes"] = dict(zip(seconds, megabytes, strict=True))
+    return entry
 
 
 def table(record: dict[str, dict]) -> str:
@@ -151,28 +172,24 @@ def main() -> None:
         "memory kept": kept,
     }
     on_cpu = pytorch.device().type == "cpu"
-    compiled, record = {}, {}
+    compiled, record, failed = {}, {}, []
     print(f"{'loss':<40} {'jax ms':>9} {'torch ms':>9} {'ratio':>6}  of")
     for name, row in chosen.items():
         if not on_cpu and name not in compiled:
             compiled = compiled_together(chosen, name)
         # On a CPU one by one: many programs would disturb its caches.
         ours = in_jax(row) if on_cpu else compiled.pop(name)
-        theirs = in_torch(row)
-        if row.rtol is not None:
-            np.testing.assert_allclose(
-                float(ours()[0]), float(theirs()[0]), rtol=row.rtol, err_msg=name
-            )
-        seconds = interleave({"jax": ours, "torch": theirs}, rounds=options.rounds)
-        ratio = seconds["jax"] / seconds["torch"]
-        record[name] = {**seconds, "ratio": ratio, "of": row.of}
-        if options.memory:
-            megabytes = memory_of_jax(row), memory_of_torch(theirs)
-            record[name]["megabytes"] = dict(zip(seconds, megabytes, strict=True))
-        milliseconds = [1e3 * seconds[key] for key in ("jax", "torch")]
+        try:
+            entry = measure(name, row, ours, options.rounds, options.memory)
+        except Exception as error:
+            failed.append(name)
+            print(f"{name}: {error!r}", flush=True)
+            continue
+        record[name] = entry
+        milliseconds = [1e3 * entry[key] for key in ("jax", "torch")]
         print(
-            f"{name:<40} {milliseconds[0]:9.2f} {milliseconds[1]:9.2f} {ratio:6.2f}"
-            f"  {row.of} {record[name].get('megabytes', '')}",
+            f"{name:<40} {milliseconds[0]:9.2f} {milliseconds[1]:9.2f} "
+            f"{entry['ratio']:6.2f}  {entry['of']} {entry.get('megabytes', '')}",
             flush=True,
         )
         if options.table is not None:
@@ -181,6 +198,8 @@ def main() -> None:
             options.json.write_text(json.dumps({**facts, "losses": record}, indent=2))
     slow = [name for name, entry in record.items() if entry["ratio"] > 1.1]
     print(f"{len(record)} losses, {len(slow)} slower than 1.1: {', '.join(slow)}")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -198,6 +198,19 @@ def make_student(config: Config, row: str, teacher: Model) -> Student:
     return Student(start, parallel.jit_step(update), together, stride, logits)
 
 
+def looked_at(config: Config, rows: list[str]) -> tuple[str, ...]:
+    """Layers of the teacher that the rows learn from; only these are kept in memory."""
+    depths = config.student_depth, config.teacher_depth, config.filters
+    terms = make_rows(*depths, jax.random.key(0), jnp.zeros(2, jnp.int32))
+    used = {
+        path
+        for row in rows
+        for term in terms[row].values()
+        for path in jax.tree.leaves(term.teacher)
+    }
+    return tuple(path for path in last_blocks(config.teacher_depth) if path in used)
+
+
 def follow_together(
     row: str, states: list[Any], student: Student, given: list[Any], updates: int
 ) -> list[Any]:
@@ -292,10 +305,11 @@ def main(config: Config) -> dict[str, Any]:
                     for name in names
                 }
                 lessons, tests = [], []
-                for seed in group if any(None in x for x in already.values()) else ():
+                missing = [name for name in names if None in already[name]]
+                taps = looked_at(config, missing)
+                for seed in group if missing else ():
                     chosen = subset(train.labels, count, seed)
                     images = Images(train.inputs[chosen], train.labels[chosen])
-                    taps = last_blocks(config.teacher_depth)
                     taught = look(teacher, teacher_variables, images.inputs, taps)
                     lessons.append(Lesson(images, taught, teacher_variables))
                     if unused:
