@@ -55,6 +55,8 @@ gc.disable()
 
 
 _present_code = False
+_flags = os.environ["XLA_FLAGS"]
+_quick_flags = _flags
 
 
 def _compile_quickly() -> None:
@@ -64,6 +66,7 @@ def _compile_quickly() -> None:
     the older code, which tests marked "present_code" don't get, in a third to a half.
     JAX takes such options for a single function, or by XLA_FLAGS for the whole process
     and only if this XLA knows them; so its own function is wrapped, if it is there.
+    Processes that a test starts get them as XLA_FLAGS.
     And all programs are written down in one MLIR context: JAX makes one for each, which
     for small ones is a fifth of the time.
     """
@@ -77,6 +80,9 @@ def _compile_quickly() -> None:
     original = getattr(compiler, "get_compile_options", None)
     older = parallel.if_known("xla_cpu_use_fusion_emitters", False)
     whole = parallel.if_known("xla_cpu_parallel_codegen_split_count", 1)
+    global _quick_flags
+    for name, value in {**whole, **older}.items():
+        _quick_flags += f" --{name}={str(value).lower()}"
     if original is None:
         return
 
@@ -99,6 +105,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the test's fixtures."""
     global _present_code
     _present_code = item.get_closest_marker("present_code") is not None
+    os.environ["XLA_FLAGS"] = _flags if _present_code else _quick_flags
 
 
 def _resident_gigabytes() -> float:

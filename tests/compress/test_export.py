@@ -17,6 +17,8 @@ from jaxtransfer.methods import distill
 from jaxtransfer.model import from_linen, with_head
 from tests.twins import jitted, network
 
+# The other process, too, must have what agrees to the last bit.
+pytestmark = pytest.mark.present_code
 KEY = jax.random.key(0)
 ROWS = jax.random.normal(KEY, (4, 6))
 IMAGES = jax.random.normal(KEY, (4, 16, 16, 3))
@@ -92,7 +94,6 @@ def exported(tmp_path_factory):
     return made
 
 
-@pytest.mark.present_code
 @pytest.mark.parametrize("name", ["mlp", "lenet", "resnet", "integers"])
 def test_the_files_say_the_same_without_the_library(exported, name):
     """To the last bit: the program with its weights inside, and with them apart."""

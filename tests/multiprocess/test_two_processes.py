@@ -20,12 +20,10 @@ def free_port() -> int:
 
 
 def start(processes, process, port, out):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
         [sys.executable, str(HERE / "worker.py"), *map(str, (processes, process, port))]
         + [str(out)],
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
