@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -77,15 +78,41 @@ def command_line(
     return main(config)
 
 
+_POSITIVE = frozenset(
+    """batch beams block class cohort depth drawings every filters images queries rate
+    rates report seeds shots size steps tasks temperature tokens updates views
+    vocabulary width widths workers""".split()
+)
+"""Last words of the names of options that are greater than 0 in every study."""
+
+
+def check_options(config: StudyConfig) -> None:
+    """Refuse counts, sizes, rates and temperatures that are not positive.
+
+    Raises:
+        ValueError: one is below 1, or for a rate not above 0 and finite.
+    """
+    for field in dataclasses.fields(config):
+        if field.name.split("_")[-1] not in _POSITIVE:
+            continue
+        given = getattr(config, field.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{field.name}: {value} must be 1 or more")
+            if isinstance(value, float) and not 0 < value < math.inf:
+                raise ValueError(
+                    f"{field.name}: {value} must be greater than 0 and finite"
+                )
+
+
 def start_run(name: str, config: StudyConfig) -> Path:
     """Make the run folder and write down what the run is: options, versions, device.
 
     Raises:
         OSError: the folder can't be written (before any work is done).
-        ValueError: there are no seeds.
+        ValueError: see :func:`check_options`.
     """
-    if config.seeds < 1:
-        raise ValueError(f"seeds: at least one, got {config.seeds}")
+    check_options(config)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     folder = config.run_dir / name / stamp
     try:

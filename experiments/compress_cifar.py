@@ -36,6 +36,7 @@ from experiments.cifar import (
 )
 from experiments.common import (
     Row,
+    check_options,
     command_line,
     interval,
     keep,
@@ -236,7 +237,8 @@ def main(config: Config) -> dict[str, Any]:
         "exported": the files of the last student, "folder": where they are}``.
 
     Raises:
-        ValueError: an unknown row, a share outside of 0 to 1, or no updates.
+        ValueError: an unknown row, a share outside of 0 to 1, or an option that is
+            not positive.
         FileNotFoundError: there is no file of the teacher.
     """
     if unknown := sorted(set(config.rows) - set(RECIPES)):
@@ -244,8 +246,7 @@ def main(config: Config) -> dict[str, Any]:
     for name in ("sparsity", "kd_weight"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}: 0 to 1, got {getattr(config, name)}")
-    if config.updates < 1:
-        raise ValueError(f"updates: at least one, got {config.updates}")
+    check_options(config)
     teacher = resnet(config, config.teacher_depth)
     teacher_variables = read_teacher(config, teacher)
     folder = start_run("compress_cifar", config)

@@ -31,7 +31,16 @@ from experiments.cifar import (
     sample,
     subset,
 )
-from experiments.common import Row, command_line, keep, kept, progress, show, start_run
+from experiments.common import (
+    Row,
+    check_options,
+    command_line,
+    keep,
+    kept,
+    progress,
+    show,
+    start_run,
+)
 from experiments.distill_cifar_rows import (
     CE,
     MUTUAL,
@@ -255,13 +264,15 @@ def main(config: Config) -> dict[str, Any]:
         ``{"rows": ..., "teacher": accuracy in %}``.
 
     Raises:
-        ValueError: an unknown row, a weight outside of 0 to 1, unknown images to score
-            with, or more images of a class than there are.
+        ValueError: an unknown row, an option that is not positive, a weight outside of
+            0 to 1, unknown images to score with, or more images of a class than there
+            are.
         FileNotFoundError: there is no file of the teacher.
     """
     known = list(make_rows(8, 8, 1, jax.random.key(0), jnp.zeros(4, int)))
     if unknown := sorted(set(config.rows) - set(known)):
         raise ValueError(f"rows: no {unknown[0]!r}; choose among {known}")
+    check_options(config)
     if not 0 <= config.kd_weight <= 1:
         raise ValueError(f"kd_weight: 0 to 1, got {config.kd_weight}")
     if config.scored_on not in ("test", "valid"):

@@ -26,7 +26,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.common import Row, command_line, progress, show, start_run
+from experiments.common import (
+    Row,
+    check_options,
+    command_line,
+    progress,
+    show,
+    start_run,
+)
 from experiments.few_shot_config import MEASURES, PRESETS, Config
 from experiments.few_shot_recipes import RECIPES, Recipe, network, with_head
 from experiments.few_shot_saved import ANY_WAYS, save
@@ -129,12 +136,10 @@ def main(config: Config) -> dict[str, Any]:
         ``{measure: {method: accuracies by seed in %}}``.
 
     Raises:
-        ValueError: an option is below 1 or does not divide another as it must, or
+        ValueError: an option is not positive or does not divide another as it must, or
             ``train_ways`` or ``also`` do not suit a method.
     """
-    for option in ("block", "validation_tasks", "test_tasks"):
-        if getattr(config, option) < 1:
-            raise ValueError(f"{option}: {getattr(config, option)} must be 1 or more")
+    check_options(config)
     for whole, part in (
         ("meta_steps", "block"),
         ("pretrain_steps", "block"),

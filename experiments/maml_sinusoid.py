@@ -19,7 +19,15 @@ import numpy as np
 import optax
 from rich.progress import Progress
 
-from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
+from experiments.common import (
+    Row,
+    StudyConfig,
+    check_options,
+    command_line,
+    progress,
+    show,
+    start_run,
+)
 from jaxtransfer import losses, nets, prng
 from jaxtransfer.data import episodes
 from jaxtransfer.methods import finetune, meta
@@ -225,11 +233,10 @@ def main(config: Config) -> dict[str, Any]:
         ``{task: {method: mean squared errors by seed}}``.
 
     Raises:
-        ValueError: an option is below 1, or ``block`` does not divide ``meta_steps``.
+        ValueError: an option is not positive, or ``block`` does not divide
+            ``meta_steps``.
     """
-    for option in ("block", "inner_steps", "validation_tasks", "test_tasks"):
-        if getattr(config, option) < 1:
-            raise ValueError(f"{option}: {getattr(config, option)} must be 1 or more")
+    check_options(config)
     if config.meta_steps % config.block:
         raise ValueError(
             f"meta_steps: {config.meta_steps} must be a multiple of block, "

@@ -67,10 +67,12 @@ class Config(StudyConfig):
     """Updates of every training but the meta-learner's."""
     meta_steps: int = 800
     """Updates of the meta-learner and of its baseline, 4 tasks each."""
+    drawn_images: int = 250
+    """Test images of each domain whose features are drawn in the plane."""
 
 
 PRESETS = {
-    "smoke": Config(seeds=2, steps=40, meta_steps=40),
+    "smoke": Config(seeds=2, steps=40, meta_steps=40, drawn_images=30),
     "cpu": Config(),
     "paper": Config(seeds=20, steps=2000, meta_steps=4000),
 }
@@ -386,7 +388,9 @@ def adaptation(config: Config, keys: jax.Array, domains: Batch) -> Iterator[Resu
         yield learned(config, task, method, baseline, outcome)
 
 
-def draw(results: list[Result], digits: Digits, domains: Batch, path: Path) -> None:
+def draw(
+    results: list[Result], digits: Digits, domains: Batch, drawn: int, path: Path
+) -> None:
     """Learning curves, and the first seed's features of both domains in the plane."""
     by_task: dict[str, list[Result]] = {}
     for result in results:
@@ -400,7 +404,7 @@ def draw(results: list[Result], digits: Digits, domains: Batch, path: Path) -> N
         figures.curves(axes["c"], distilled[0].task, distilled[1:], "updates")
         figures.curves(axes["d"], meta[0].task, meta, "steps on the task")
         figures.curves(axes["e"], adapted[0].task, adapted, "updates")
-        rows = slice(250)
+        rows = slice(drawn)
         test, shifted = digits.test, domains["test"]
         for panel, result in (("f", adapted[0]), ("g", adapted[1])):
             params = jax.tree.map(lambda leaf: leaf[0], result.params["model"])

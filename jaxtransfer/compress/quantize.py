@@ -1,6 +1,7 @@
 """Weights and activations in 8-bit integers, in training and after it, by qwix."""
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -59,10 +60,11 @@ def quantized(
     :math:`\Delta` for each output channel of a weight and one for each example of its
     inputs, measured anew in every pass: nothing is calibrated, and an example's output
     does not depend on the others of its batch. The integers are multiplied and summed
-    exactly, in training too. Biases, normalisation, modules without weights and
-    embeddings (those that are the output matrix too) stay in floating point. Zero stays
-    zero, so pruning (:func:`~jaxtransfer.compress.pruned`) goes with it. Loops inside
-    of the network (``jax.lax.scan``) are unrolled.
+    exactly, in training too; the gradient is that of the rounded product (of grouped
+    convolutions, of the one before rounding). Biases, normalisation, modules without
+    weights and embeddings (those that are the output matrix too) stay in floating
+    point. Zero stays zero, so pruning (:func:`~jaxtransfer.compress.pruned`) goes with
+    it. Loops inside of the network (``jax.lax.scan``) are unrolled.
 
     ``quantized(...).model`` is a student like any other, for
     :func:`jaxtransfer.methods.distill.objective`: same parameters, state and taps.
@@ -144,12 +146,12 @@ def quantized(
 
     if linen:
         wrap = functools.partial(from_linen, key_streams=key_streams)
-        trained = wrap(_patched(module, qwix.QtProvider, rule))
+        trained = wrap(_patched(module, _trained_provider(), rule))
         served = wrap(_patched(module, qwix.PtqProvider, rule))
     else:
         arguments = positional(example)
         later = {"skip_nnx_init": True}  # nothing to convert: the weights stay floats
-        trained = _built(module, qwix.QtProvider, rule, arguments, later)
+        trained = _built(module, _trained_provider(), rule, arguments, later)
         served = _built(module, qwix.PtqProvider, rule, arguments, {})
     try:
         boxes = _boxes(served, example)
@@ -207,6 +209,27 @@ def quantized(
     )
     _try(result, abstract, example)
     return result
+
+
+@functools.cache
+def _trained_provider() -> Any:
+    """Qwix's, with the gradient of grouped convolutions, which its own can't give."""
+    import qwix
+
+    signature = inspect.signature(jax.lax.conv_general_dilated)
+
+    class Provider(qwix.QtProvider):
+        def conv_general_dilated(self, *arguments: Any, **named: Any) -> Any:
+            given = signature.bind(*arguments, **named).arguments
+            if given.get("feature_group_count", 1) == 1:
+                return super().conv_general_dilated(**given)
+            plain = jax.lax.conv_general_dilated(**given)
+            for side in ("lhs", "rhs"):
+                given[side] = jax.lax.stop_gradient(given[side])
+            value = super().conv_general_dilated(**given)
+            return value + (plain - jax.lax.stop_gradient(plain))
+
+    return Provider
 
 
 def _patched(

@@ -50,7 +50,8 @@ def batches(
 
     Returns:
         A grain iterator over dicts of arrays `[batch_size, ...]`, with `get_state` and
-        `set_state`; uint8 images come out as float32 in `[0, 1]`.
+        `set_state`, which refuses the position in batches of other arguments; uint8
+        images come out as float32 in `[0, 1]`.
 
     Raises:
         ValueError: an argument out of range, arrays of unequal length or with NaN, or
@@ -89,7 +90,14 @@ def batches(
         read = read.repeat()
     read = read.batch(batch_size, drop_remainder=drop_remainder)
     read = read.map(_scale if augment is not None else _ReadMany(data))
-    return iter(read.to_iter_dataset(_read_options(data, threads)))
+    about = {
+        "examples": length,
+        "batch_size of all shards": batch_size * count,
+        "seed": seed,
+        "shuffle": shuffle,
+        "repeat": repeat,
+    }
+    return _Batches(iter(read.to_iter_dataset(_read_options(data, threads))), about)
 
 
 def evaluation_batches(
@@ -128,7 +136,8 @@ def evaluation_batches(
     own = -(-length // (count * batch_size)) * batch_size
     read = grain.MapDataset.range(own * count)[index::count].batch(batch_size)
     read = read.map(_ReadPadded(data, length))
-    return iter(read.to_iter_dataset(_read_options(data, threads)))
+    about = {"examples": length, "batch_size of all shards": batch_size * count}
+    return _Batches(iter(read.to_iter_dataset(_read_options(data, threads))), about)
 
 
 def pairs(
@@ -155,6 +164,43 @@ def pairs(
     return _Pairs(source, target)
 
 
+class _Batches(grain.DatasetIterator):
+    """Those of grain, whose position says what they are batches of."""
+
+    def __init__(self, batches: grain.DatasetIterator, about: dict[str, Any]):
+        super().__init__(batches)
+        self._batches, self._about = batches, about
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"batches": self._batches.get_state(), "of": self._about}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        _check_position(state, ("batches", "of"))
+        before, now = state["of"], self._about
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{name}: the run read batches with {before.get(name)!r}, these "
+                    f"have {now.get(name)!r}; give the same to go on, or begin a run "
+                    "of its own"
+                )
+        self._batches.set_state(state["batches"])
+
+
+def _check_position(state: Any, parts: tuple[str, ...]) -> None:
+    """Raises ValueError if a position is one in batches of another kind."""
+    if not isinstance(state, Mapping) or set(state) != set(parts):
+        raise ValueError(
+            f"data: the run read other batches: their position has {sorted(state)}, "
+            f"that of these {sorted(parts)}; give batches made by the same functions "
+            "(batches, pairs, those of a teacher cache) to go on, or begin a run of "
+            "its own"
+        )
+
+
 class _Pairs(grain.DatasetIterator):
     def __init__(self, source: grain.DatasetIterator, target: grain.DatasetIterator):
         super().__init__((source, target))
@@ -170,6 +216,7 @@ class _Pairs(grain.DatasetIterator):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
+        _check_position(state, ("source", "target"))
         self._source.set_state(state["source"])
         self._target.set_state(state["target"])
 

@@ -248,8 +248,9 @@ class Transformer(nn.Module):
         """Logits ``[rows, vocabulary]`` after one more token of each row."""
         keys_and_values, seen = memory
         position = cache["position"]
-        table = sinusoids(cache["layers"][0][0].shape[1], self.width)
-        x = self.embedding(tokens) * self.width**0.5 + jnp.asarray(table)[position]
+        table = jnp.asarray(sinusoids(cache["layers"][0][0].shape[1], self.width))
+        places = table.at[position].get(mode="fill", fill_value=jnp.nan)
+        x = self.embedding(tokens) * self.width**0.5 + places
         layers = []
         for layer, own, remembered in zip(
             self.decoder, cache["layers"], keys_and_values, strict=True
@@ -285,7 +286,8 @@ def decoding(
         ``step(cache, tokens [rows]) -> (logits [rows, vocabulary], cache)``, where rows
         are a multiple of the batch (the beams of a source follow each other), and the
         cache of ``batch`` rows to begin with. For
-        :func:`~jaxtransfer.ops.beam_search`.
+        :func:`~jaxtransfer.ops.beam_search`, which refuses to write more than
+        ``step.length`` tokens; logits of later ones are not-a-number.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -315,6 +317,7 @@ def decoding(
         found = module.apply(collections, tokens, cache, memory, method="step")
         return found  # pyright: ignore[reportReturnType]
 
+    step.length = length  # pyright: ignore[reportFunctionMemberAccess]
     return step, cache
 
 

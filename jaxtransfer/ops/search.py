@@ -51,7 +51,8 @@ def beam_search(
 
     Args:
         step: ``(state, tokens [rows]) -> (logits [rows, vocabulary], state)``; rows are
-            batch * beams, the beams of an example beside each other.
+            batch * beams, the beams of an example beside each other. If it has an
+            attribute ``length``, it is asked for no more tokens.
         state: Any pytree of arrays [batch, ...], such as keys and values of attention.
         begin: The token that a sequence begins with, [batch]; it is not part of it.
             Tokens are of its type.
@@ -66,7 +67,8 @@ def beam_search(
         `Beams`.
 
     Raises:
-        ValueError: If an option is out of its range.
+        ValueError: If an option is out of its range, ``begin`` or ``where`` of another
+            shape or type, or ``length`` more than the step can write.
 
     Example:
         >>> import jax.numpy as jnp
@@ -87,6 +89,14 @@ def beam_search(
             "beams and length must be positive and length_penalty not negative, got "
             f"{beams}, {length} and {length_penalty}."
         )
+    begin = _checked(step, begin, length, padding)
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool or where.ndim != 1:
+            raise ValueError(
+                "where must be boolean [vocabulary], the same for every example, got "
+                f"{where.dtype} {list(where.shape)}."
+            )
     batch = len(begin)
 
     def flat(tree):
@@ -99,7 +109,7 @@ def beam_search(
         index = chosen.reshape(*chosen.shape, *(1,) * (x.ndim - 2))
         return jnp.take_along_axis(x, index, axis=1)
 
-    first = jnp.broadcast_to(jnp.asarray(begin)[:, None], (batch, beams))
+    first = jnp.broadcast_to(begin[:, None], (batch, beams))
     filled = jnp.full((batch, beams, length), padding, first.dtype)
     # The sequences of an example are one at the beginning.
     alone = jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER)
@@ -161,6 +171,29 @@ def beam_search(
     return merge(found, Beams(written, unfinished, jnp.full((batch, beams), length)))
 
 
+def _checked(step, begin, length, padding):
+    """The tokens to begin with."""
+    begin = jnp.asarray(begin)
+    if begin.ndim != 1 or not len(begin):
+        raise ValueError(
+            "begin must have a token for each example, [batch], got shape "
+            f"{begin.shape}."
+        )
+    limits = jnp.iinfo(begin.dtype)
+    if not limits.min <= padding <= limits.max:
+        raise ValueError(
+            f"padding: {padding} is no {begin.dtype}, the type of begin's tokens; give "
+            "begin as int32."
+        )
+    most = getattr(step, "length", None)
+    if most is not None and length > most:
+        raise ValueError(
+            f"length: got {length}, but the step was made for {most} tokens at most; "
+            "give both the same."
+        )
+    return begin
+
+
 def _check_tokens(end, vocabulary, dtype):
     if vocabulary - 1 > jnp.iinfo(dtype).max:
         raise ValueError(
@@ -188,7 +221,8 @@ def sample_tokens(
     ``y_t ~ softmax(z_t / temperature)`` until the end.
 
     Args:
-        step: ``(state, tokens [batch]) -> (logits [batch, vocabulary], state)``.
+        step: ``(state, tokens [batch]) -> (logits [batch, vocabulary], state)``, as for
+            `beam_search`.
         state: Any pytree of arrays.
         begin: The token that a sequence begins with, [batch]; it is not part of it.
             Tokens are of its type.
@@ -202,7 +236,8 @@ def sample_tokens(
         Tokens [batch, length], padding after the end.
 
     Raises:
-        ValueError: If an option is out of its range.
+        ValueError: If an option is out of its range, ``begin`` of another shape, or
+            ``length`` more than the step can write.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -218,6 +253,7 @@ def sample_tokens(
         raise ValueError(
             f"length and temperature must be positive, got {length} and {temperature}."
         )
+    begin = _checked(step, begin, length, padding)
 
     def write(carry, key):
         last, over, state = carry
@@ -228,7 +264,6 @@ def sample_tokens(
         token = jnp.where(over, padding, token)
         return (token, over | (token == end), state), token
 
-    begin = jnp.asarray(begin)
     begun = begin, jnp.zeros(begin.shape, bool), state
     _, tokens = jax.lax.scan(write, begun, jax.random.split(key, length))
     return tokens.T

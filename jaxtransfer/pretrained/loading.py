@@ -1,7 +1,7 @@
 """From a file of weights to a network's variables, with a strict report, and back."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,9 +60,10 @@ def load(
     Raises:
         FileNotFoundError, ImportError: see :func:`read`.
         TypeError: the model is a bare module.
-        ValueError: the file doesn't fit (the message is the report and what to do), a
-            rule matches nothing, two leaves would be read from one entry, a leaf is
-            both ``fresh`` and in ``adapt``, or ``fresh`` without ``key``.
+        ValueError: the file doesn't fit (the message is the report and what to do), an
+            entry is of integers or complex numbers and its leaf is not, a rule matches
+            nothing, two leaves would be read from one entry, a leaf is both ``fresh``
+            and in ``adapt``, or ``fresh`` without ``key``.
 
     Example:
         >>> import pathlib, tempfile
@@ -112,6 +113,7 @@ def load(
         if place in adapters:
             value = np.asarray(adapters[place](value, leaf.shape))
         if value.shape == leaf.shape:
+            _check_kind(place, looked_for, value.dtype, wanted.dtype)
             values[place] = jnp.asarray(value, wanted.dtype)
         else:
             mismatched[place] = (value.shape, leaf.shape)
@@ -138,6 +140,32 @@ def load(
     return filled(shapes, values), report
 
 
+_KINDS = {
+    jnp.floating: "fractions",
+    jnp.complexfloating: "complex numbers",
+    jnp.integer: "integers",
+}
+
+
+def _check_kind(place: str, names: Iterable[str], held: Any, wanted: Any) -> None:
+    """A cast between kinds of numbers is no matter of precision.
+
+    Raises:
+        ValueError: the file holds another kind than the leaf.
+    """
+
+    def kind(dtype: Any) -> str:
+        found = [name for of, name in _KINDS.items() if jnp.issubdtype(dtype, of)]
+        return found[0] if found else str(dtype)
+
+    if kind(held) != kind(wanted):
+        raise ValueError(
+            f"{place!r} is of {kind(wanted)} ({wanted}), but {list(names)} of the file "
+            f"are {kind(held)} ({held}): quantized, or of another network? What turns "
+            f"them into {wanted} goes into adapt={{{place!r}: lambda value, shape: …}}"
+        )
+
+
 def save(
     path: str | os.PathLike[str],
     variables: Variables,
@@ -159,6 +187,7 @@ def save(
     Raises:
         FileNotFoundError: there is no such folder, or no file ``like``.
         ImportError: a safetensors file, without the package.
+        TypeError: the variables are no :class:`~jaxtransfer.typing.Variables`.
         ValueError: another ending, two leaves of one name, leaves that are not in the
             file ``like``, or numbers that ``.npz`` can't hold, such as bfloat16.
 
@@ -171,6 +200,11 @@ def save(
         ...     {name: x.shape for name, x in files.read(file).items()}
         {'fc.weight': (2, 4)}
     """
+    if not isinstance(variables, Variables):
+        raise TypeError(
+            f"variables: got a {type(variables).__name__}, no Variables; give "
+            "Variables(params, model_state)"
+        )
     naming = names or _naming_of(path)
     leaves = leaves_of(variables)
     places = {place: naming(leaf) for place, (leaf, _) in leaves.items()}

@@ -61,7 +61,8 @@ def test_rows_begin_with_the_same_weights(key):
         ({"rows": ("magic",)}, "rows: no 'magic'; choose among"),
         ({"sparsity": 1.2}, "sparsity: 0 to 1, got 1.2"),
         ({"kd_weight": -0.1}, "kd_weight: 0 to 1, got -0.1"),
-        ({"updates": 0}, "updates: at least one, got 0"),
+        ({"updates": 0}, "updates: 0 must be 1 or more"),
+        ({"latency_batch": 0}, "latency_batch: 0 must be 1 or more"),
     ],
 )
 def test_what_can_t_be_is_refused_before_any_work(tmp_path, options, message):

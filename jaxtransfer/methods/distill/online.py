@@ -58,8 +58,14 @@ def of_cohort(params: Params, model_state: ModelState, number: int) -> Variables
 
     Returns:
         Variables of the student network.
+
+    Raises:
+        ValueError: there is no such student.
     """
     own = params["cohort"], model_state["cohort"]
+    students = len(jax.tree.leaves(own)[0])
+    if isinstance(number, int) and not 0 <= number < students:
+        raise ValueError(f"number: 0 to {students - 1}, got {number}")
     return Variables(*jax.tree.map(lambda leaf: leaf[number], own))
 
 

@@ -294,9 +294,14 @@ class TaughtBatches(Iterator[Any]):
         """Go to a position that :meth:`get_state` returned.
 
         Raises:
-            ValueError: the run read a cache of something else or of a teacher of
+            ValueError: the run read no cache, one of something else or of a teacher of
                 another name, or the data can't be set to a position.
         """
+        if "cache" not in state:
+            raise ValueError(
+                "data: the run read batches without a teacher cache; give those to go "
+                "on, or begin a run of its own"
+            )
         if other := difference(self._cache.identity, state["cache"]):
             raise ValueError(
                 f"the run read a cache of another {other.kind}: its {other.name} was "
