@@ -443,7 +443,7 @@ def main(config: Config) -> list[Row]:
         }.items():
             results += bar.track(way, total=total, description=f"{name:18}")
         last = bar.add_task(f"{'figure':18}", total=1)
-        draw(results, digits, domains, folder / "quickstart.png")
+        draw(results, digits, domains, config.drawn_images, folder / "quickstart.png")
         bar.advance(last)
     rows = [Row(r.task, r.method, r.accuracy.tolist(), r.baseline) for r in results]
     print(f"Figure: {folder / 'quickstart.png'}")

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.directions import root, scaled, unit
 from jaxtransfer.losses.maps import inner_axes, masked_maps, same_maps
-from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.reduction import absolute_power, check_mask, widen
 from jaxtransfer.losses.softened import softmax_divergence
 from jaxtransfer.ops.pooling import adaptive_average_pool
 from jaxtransfer.typing import AnyArray
@@ -58,7 +58,7 @@ def attention_map(
     # A map of unit length does not depend on the scale of the features.
     features = masked_maps(features, where)
     features = scaled(features, inner_axes(features))
-    attention = jnp.mean(jnp.abs(features) ** power, axis=-1)
+    attention = jnp.mean(absolute_power(features, power), axis=-1)
     return unit(attention, inner_axes(attention))
 
 
@@ -164,7 +164,7 @@ def factor_transfer(
     else:
         student, teacher = _same_positions(student_maps, teacher_maps, where)
         difference = attention_map(student) - attention_map(teacher)
-    return jnp.mean(jnp.abs(difference) ** power, axis=inner_axes(difference))
+    return jnp.mean(absolute_power(difference, power), axis=inner_axes(difference))
 
 
 def channel_distillation(

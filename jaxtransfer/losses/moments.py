@@ -112,13 +112,9 @@ def log_correlation_alignment(
     if not isinstance(epsilon, Tracer) and not epsilon > 0:
         raise ValueError(f"epsilon must be positive, got {epsilon}.")
     sets = _two_sets(source, target, source_where, target_where, 2)
-    logarithms = []
-    for rows, weights in sets:
-        shift = jnp.asarray(epsilon, rows.dtype)
-        logarithms.append(_log_plus(_covariance(rows, weights), shift))
-    difference = logarithms[0] - logarithms[1]
-    value = jnp.sum(difference**2) / (4.0 * len(difference) ** 2)
-    return jnp.where(_enough(sets, 2), value, 0.0)
+    covariances = [_covariance(*rows_and_weights) for rows_and_weights in sets]
+    value = _log_distance(*covariances, jnp.asarray(epsilon, covariances[0].dtype))
+    return jnp.where(_enough(sets, 2), value / (4.0 * len(covariances[0]) ** 2), 0.0)
 
 
 def central_moment_discrepancy(
@@ -246,29 +242,105 @@ def _squared_difference_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def _log_plus(matrix, shift):
-    """``log(matrix + shift I)`` of a symmetric matrix without negative eigenvalues."""
-    values, vectors = _eigen(matrix, shift)
-    return product(vectors * jnp.log(values), vectors.T)
+def _log_distance(first, second, shift):
+    """``|log(A + shift I) - log(B + shift I)|_F^2`` of symmetric matrices.
+
+    Without negative eigenvalues. First and second derivatives are those of the limit
+    where eigenvalues are equal.
+    """
+    logarithms = [_log_and_eigen(matrix, shift)[0] for matrix in (first, second)]
+    return jnp.sum((logarithms[0] - logarithms[1]) ** 2)
 
 
-@_log_plus.defjvp
-def _log_plus_jvp(primals, tangents):
-    # Daleckii and Krein: in the basis of eigenvectors, the derivative multiplies each
-    # entry by the divided difference of the logarithm at its two eigenvalues.
-    matrix, shift = primals
-    values, vectors = _eigen(matrix, shift)
-    logarithm = product(vectors * jnp.log(values), vectors.T)
-    low = jnp.minimum(values[:, None], values)
-    ratio = (jnp.maximum(values[:, None], values) - low) / low
+@_log_distance.defjvp
+def _log_distance_jvp(primals, tangents):
+    *matrices, shift = primals
+    found = [_log_and_eigen(matrix, shift) for matrix in matrices]
+    difference = found[0][0] - found[1][0]
+    # The derivative of a logarithm is its own transpose: it goes to the difference, so
+    # that what it does depends on the matrix in sight of a second derivative.
+    of_first, of_second = (
+        jnp.sum(_along(difference, _plus(matrix, shift), *eigen) * _plus(moved, by))
+        for matrix, (_, *eigen), moved, by in zip(
+            matrices, found, tangents[:2], tangents[2:] * 2, strict=True
+        )
+    )
+    return jnp.sum(difference**2), 2.0 * (of_first - of_second)
+
+
+@jax.custom_jvp
+def _log_and_eigen(matrix, shift):
+    """The logarithm; eigenvalues and eigenvectors, as constants."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    values = jnp.maximum(values, 0.0) + shift
+    return product(vectors * jnp.log(values), vectors.T), values, vectors
+
+
+@_log_and_eigen.defjvp
+def _log_and_eigen_jvp(primals, tangents):
+    logarithm, values, vectors = _log_and_eigen(*primals)
+    slope = _along(_plus(*tangents), _plus(*primals), values, vectors)
+    held = jnp.zeros_like(values), jnp.zeros_like(vectors)
+    return (logarithm, values, vectors), (slope, *held)
+
+
+def _plus(matrix, shift):
+    return matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
+
+
+def _turned(matrix, vectors):
+    return product(product(vectors.T, matrix), vectors)
+
+
+@jax.custom_jvp
+def _along(change, matrix, values, vectors):
+    """Derivative of the matrix's logarithm along a change.
+
+    Daleckii and Krein: in the basis of eigenvectors, it multiplies each entry by the
+    divided difference of the logarithm at its two eigenvalues.
+    """
+    del matrix
+    slopes = _slope(values[:, None], values)
+    return _turned(slopes * _turned(change, vectors), vectors.T)
+
+
+@_along.defjvp
+def _along_jvp(primals, tangents):
+    # The second derivative has the divided differences at three eigenvalues.
+    change, matrix, values, vectors = primals
+    of_change, of_matrix = tangents[:2]
+    first, second = _turned(change, vectors), _turned(of_matrix, vectors)
+
+    def add(total, k):
+        curved = _curvature(values[:, None], values[k], values)
+        both = jnp.outer(first[:, k], second[k]) + jnp.outer(second[:, k], first[k])
+        return total + curved * both, None
+
+    bent = jax.lax.scan(add, jnp.zeros_like(first), jnp.arange(len(values)))[0]
+    moved = _along(of_change, matrix, values, vectors) + _turned(bent, vectors.T)
+    return _along(*primals), moved
+
+
+def _slope(a, b):
+    """``(log a - log b) / (a - b)``, the divided difference of the logarithm."""
+    low, high = jnp.minimum(a, b), jnp.maximum(a, b)
+    ratio = (high - low) / low
     apart = ratio > 0
     safe = jnp.where(apart, ratio, 1.0)
-    slopes = jnp.where(apart, jnp.log1p(safe) / safe, 1.0) / low
-    change = tangents[0] + tangents[1] * jnp.eye(len(values), dtype=matrix.dtype)
-    change = product(product(vectors.T, change), vectors)
-    return logarithm, product(product(vectors, slopes * change), vectors.T)
+    return jnp.where(apart, jnp.log1p(safe) / safe, 1.0) / low
 
 
-def _eigen(matrix, shift):
-    values, vectors = jnp.linalg.eigh(matrix)
-    return jnp.maximum(values, 0.0) + shift, vectors
+def _curvature(a, b, c):
+    """The divided difference of the logarithm at three numbers, in any order."""
+    low = jnp.minimum(jnp.minimum(a, b), c)
+    high = jnp.maximum(jnp.maximum(a, b), c)
+    between = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+    apart = high - low > jnp.finfo(low.dtype).eps ** 0.2 * low
+    wide = (_slope(between, high) - _slope(low, between)) / jnp.where(
+        apart, high - low, 1.0
+    )
+    # Close together: the series about their mean, whose odd terms are small.
+    centre = (low + between + high) / 3.0
+    spread = (low - centre) ** 2 + (between - centre) ** 2 + (high - centre) ** 2
+    near = -(0.5 + spread / (8.0 * centre**2)) / centre**2
+    return jnp.where(apart, wide, near)

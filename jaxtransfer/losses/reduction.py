@@ -53,6 +53,12 @@ def integers(values: AnyArray) -> Array:
     return values.astype(jnp.int32) if narrow else values
 
 
+def absolute_power(values, power):
+    """``|x|^p``, of which every derivative is 0 at 0 for p = 1 too."""
+    values = jnp.abs(values)
+    return values if isinstance(power, int | float) and power == 1 else values**power
+
+
 def check_mask(name, where, shape):
     """The mask broadcast to ``shape``; a ValueError that names it if it can't be."""
     where = jnp.asarray(where)

@@ -1,5 +1,6 @@
 """Losses of the norms and singular values of a batch; scalars over a set."""
 
+import functools
 from typing import Literal
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.directions import root
 from jaxtransfer.losses.sets import check_widths, weighted_rows
-from jaxtransfer.ops.products import gram
+from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import AnyArray
 
 
@@ -173,12 +174,11 @@ def batch_spectral_shrinkage(
     """
     _check_number("smallest", smallest)
     rows, weights = weighted_rows("features", features, where, 1, "where")
-    values = _values(rows)
     # Masked rows are rows of zeros, whose singular values don't count.
     count = jnp.minimum(jnp.sum(weights), rows.shape[1])
-    place = jnp.arange(len(values))
-    chosen = (place < count) & (place >= count - smallest)
-    return jnp.sum(jnp.where(chosen, values**2, 0.0))
+    rows = _tall(rows)
+    place = jnp.arange(rows.shape[1])
+    return _sum_of_values(rows, (place < count) & (place >= count - smallest), 2)
 
 
 def nuclear_wasserstein_discrepancy(
@@ -225,11 +225,78 @@ def nuclear_wasserstein_discrepancy(
     )
 
 
-def _values(rows):
-    """Singular values, largest first; their gradient is finite at ties and zeros."""
-    if rows.shape[0] < rows.shape[1]:
-        rows = rows.T  # what LAPACK is quicker with
-    return jnp.linalg.svd(rows, full_matrices=False, compute_uv=False)
+def _tall(rows):
+    return rows.T if rows.shape[0] < rows.shape[1] else rows
+
+
+def _decomposed(rows):
+    return jnp.linalg.svd(rows, full_matrices=False)
+
+
+def _counted(values, chosen, power):
+    """The chosen singular values; those that vanish not, where the norm has a kink.
+
+    0 is the shortest slope there. Not-a-number stays.
+    """
+    if power > 1:
+        return chosen
+    floor = len(values) * jnp.finfo(values.dtype).eps * jnp.max(values, initial=0.0)
+    return chosen & ~(values <= floor)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _sum_of_values(rows, chosen, power):
+    """``sum_i s_i^p`` of chosen singular values of tall rows, the largest first.
+
+    Derivatives of first and second order are finite at ties and zeros.
+    """
+    values = jnp.linalg.svd(rows, full_matrices=False, compute_uv=False)
+    return jnp.sum(jnp.where(_counted(values, chosen, power), values**power, 0.0))
+
+
+@_sum_of_values.defjvp
+def _sum_of_values_jvp(power, primals, tangents):
+    total, slopes = _sum_and_slopes(*primals, power)
+    return total, jnp.sum(slopes * tangents[0])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _sum_and_slopes(rows, chosen, power):
+    """The sum, and ``U diag(p s^(p - 1)) V'`` over what is chosen."""
+    left, values, right = _decomposed(rows)
+    chosen = _counted(values, chosen, power)
+    slopes = jnp.where(chosen, power * values ** (power - 1), 0.0)
+    total = jnp.sum(jnp.where(chosen, values**power, 0.0))
+    return total, product(left * slopes, right)
+
+
+@_sum_and_slopes.defjvp
+def _sum_and_slopes_jvp(power, primals, tangents):
+    # In the basis of the singular vectors: divided differences of the slopes, which
+    # are an odd function of the values. Ties within what is chosen are no matter.
+    rows, chosen = primals
+    change = tangents[0]
+    total, slopes = _sum_and_slopes(rows, chosen, power)
+    left, values, right = _decomposed(rows)
+    chosen = _counted(values, chosen, power)
+    both = chosen[:, None] & chosen
+    one = chosen[:, None] ^ chosen
+    own = jnp.where(chosen, power * values ** (power - 1), 0.0)
+
+    def over(numbers, by, where):
+        return jnp.where(where, numbers, 0.0) / jnp.where(where, by, 1.0)
+
+    apart, together = values[:, None] - values, values[:, None] + values
+    even = over(own[:, None] - own, apart, one & (apart != 0.0))
+    even = jnp.where(both, 0.0 if power == 1 else 2.0, even)
+    odd = over(own[:, None] + own, together, (both | one) & (together > 0.0))
+    to_right = product(change, right.T)
+    inner = product(left.T, to_right)
+    turned = 0.5 * (even * (inner + inner.T) + odd * (inner - inner.T))
+    outside = to_right - product(left, inner)
+    outside = outside * over(own, values, chosen & (values > 0.0))
+    moved = product(product(left, turned) + outside, right)
+    return (total, slopes), (jnp.sum(slopes * change), moved)
 
 
 def _largest_squares(rows, count):
@@ -239,15 +306,48 @@ def _largest_squares(rows, count):
     """
     if rows.shape[0] > rows.shape[1]:
         rows = rows.T
-    products = gram(rows)
+    return _sum_of_largest(gram(rows), count)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _sum_of_largest(products, count):
+    """Of the eigenvalues of a symmetric matrix."""
     return jnp.sum(jnp.linalg.eigvalsh(products)[-count:])
 
 
+@_sum_of_largest.defjvp
+def _sum_of_largest_jvp(count, primals, tangents):
+    total, projector = _sum_and_projector(*primals, count)
+    return total, jnp.sum(projector * tangents[0])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _sum_and_projector(products, count):
+    """The sum, and the projector on the eigenvectors, which is its slope."""
+    values, vectors = jnp.linalg.eigh(products)
+    largest = vectors[:, -count:]
+    return jnp.sum(values[-count:]), product(largest, largest.T)
+
+
+@_sum_and_projector.defjvp
+def _sum_and_projector_jvp(count, primals, tangents):
+    # Only what is turned from the largest to the others moves the projector: a tie
+    # among the others, such as zeros of rows that don't count, is no matter.
+    (products,), (change,) = primals, tangents
+    total, projector = _sum_and_projector(products, count)
+    values, vectors = jnp.linalg.eigh(products)
+    largest = jnp.arange(len(values)) >= len(values) - count
+    apart = jnp.abs(values[:, None] - values)
+    crosses = (largest[:, None] ^ largest) & (apart > 0.0)
+    inner = product(product(vectors.T, 0.5 * (change + change.T)), vectors)
+    turned = jnp.where(crosses, inner, 0.0) / jnp.where(crosses, apart, 1.0)
+    moved = product(product(vectors, turned), vectors.T)
+    return (total, projector), (jnp.sum(projector * change), moved)
+
+
 def _nuclear_norm(rows):
-    values = _values(rows)
-    # Where a value vanishes the norm has a kink; 0 is its shortest slope.
-    floor = max(rows.shape) * jnp.finfo(rows.dtype).eps * jnp.max(values, initial=0.0)
-    return jnp.sum(jnp.where(values <= floor, 0.0, values))  # not-a-number stays
+    rows = _tall(rows)
+    return _sum_of_values(rows, jnp.ones(rows.shape[1], bool), 1)
 
 
 def _check_number(name, value):

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Integer, Key
 
 from jaxtransfer.losses.directions import root
-from jaxtransfer.losses.reduction import mean
+from jaxtransfer.losses.reduction import absolute_power, mean
 from jaxtransfer.losses.sets import (
     check_widths,
     checked_labels,
@@ -92,7 +92,7 @@ def sliced_wasserstein(
     n, m = len(source), len(target)
     if source_where is None and target_where is None:
         if n == m:
-            return jnp.mean(jnp.abs(lines - others) ** power)
+            return jnp.mean(absolute_power(lines - others, power))
         i, j, widths = _quantiles(np.int64(n), np.int64(m), n, m, np)
         enough = True
     else:
@@ -106,7 +106,7 @@ def sliced_wasserstein(
         enough = (count > 0) & (other > 0)
         count, other = jnp.maximum(count, 1), jnp.maximum(other, 1)
         i, j, widths = _quantiles(count, other, n, m, jnp)
-    costs = jnp.mean(jnp.abs(lines[:, i] - others[:, j]) ** power, axis=0)
+    costs = jnp.mean(absolute_power(lines[:, i] - others[:, j], power), axis=0)
     return jnp.where(enough, jnp.sum(jnp.asarray(widths, costs.dtype) * costs), 0.0)
 
 
@@ -125,7 +125,8 @@ def sinkhorn_divergence(
     ``T(s, t) - T(s, s) / 2 - T(t, t) / 2`` with ``T(s, t) = min_P <P, C> + e KL(P | u
     v^T)`` over the plans P that carry the uniform weights u of the source rows to
     those v of the target rows, and ``C_ij = |s_i - t_j|^2``. The gradient is by the
-    envelope theorem: plans and e are constants. Solved with ott-jax.
+    envelope theorem: plans and e are constants (to a second derivative too, which
+    therefore lacks what moves with the plans). Solved with ott-jax.
 
     Args:
         source: Features [n, features].
@@ -167,6 +168,7 @@ def sinkhorn_divergence(
         self_squared_distances(target),
     )
     fixed = jax.lax.stop_gradient(costs)
+    u, v = u.astype(fixed[0].dtype), v.astype(fixed[0].dtype)
     epsilon = _entropy_strength(epsilon, fixed[0], u, v)
     geometry, _, divergence = _ott()
     _, out = divergence(
@@ -263,6 +265,7 @@ def deep_joint_distribution_transport(
     costs = feature_weight * squared_distances(source, target)
     costs = costs - label_weight * jax.nn.log_softmax(logits)[:, labels].T
     fixed = jax.lax.stop_gradient(costs)
+    u, v = u.astype(fixed.dtype), v.astype(fixed.dtype)
     geometry, solve, _ = _ott()
     out = solve(
         geometry(fixed, epsilon=_entropy_strength(epsilon, fixed, u, v)),
@@ -457,11 +460,12 @@ def _entropy_strength(epsilon, costs, u, v):
 
 
 def _dual_value(costs, potentials, u, v, epsilon):
-    """``<P, C> + e KL(P | u v^T)`` by the potentials, whose slope in C is the plan."""
+    """``<P, C> + e KL(P | u v^T)`` by the potentials; its slope in C is the plan P."""
     f, g = potentials
-    exponents = (f[:, None] + g - costs) / epsilon
+    held = jax.lax.stop_gradient(costs)
+    exponents = (f[:, None] + g - held) / epsilon
     counts = (u[:, None] > 0) & (v > 0)
-    mass = jnp.sum(jnp.where(counts, jnp.exp(jnp.where(counts, exponents, 0.0)), 0.0))
+    plan = jnp.where(counts, jnp.exp(jnp.where(counts, exponents, 0.0)), 0.0)
 
     def of(potential, weights):
         live = weights > 0
@@ -470,7 +474,9 @@ def _dual_value(costs, potentials, u, v, epsilon):
             jnp.where(live, weights * (potential - epsilon * log_weights), 0.0)
         )
 
-    return of(f, u) + of(g, v) + epsilon * (1.0 - mass)
+    value = of(f, u) + of(g, v) + epsilon * (1.0 - jnp.sum(plan))
+    # The plan is a constant to the derivative, and to the second one.
+    return value + jnp.sum(plan * (costs - held))
 
 
 def _ott() -> tuple[Any, Any, Any]:

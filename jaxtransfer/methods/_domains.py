@@ -25,8 +25,12 @@ def join(source: jax.Array, target: jax.Array) -> jax.Array:
     """Stack the inputs of two domains, ``[n + m, ...]``, source first.
 
     Raises:
-        ValueError: an input has another shape in the target than in the source.
+        ValueError: an input has another shape in the target than in the source, or a
+            domain has no examples.
     """
+    for name, inputs in (("source", source), ("target", target)):
+        if not len(inputs):
+            raise ValueError(f"{name}: got no examples, and its rows are compared")
     if source.shape[1:] != target.shape[1:]:
         raise ValueError(
             f"source inputs are {source.shape[1:]}, target inputs {target.shape[1:]}: "

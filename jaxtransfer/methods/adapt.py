@@ -332,7 +332,12 @@ def objective(
             )
             weight = term.weight(progress) if callable(term.weight) else term.weight
             total = total + weight * term_value
-            measured |= {term.name: term_value, **term_metrics}
+            found = {term.name: term_value, **term_metrics}
+            if twice := found.keys() & measured.keys():
+                raise ValueError(
+                    f"terms: two give a metric {min(twice)!r}; give one another name="
+                )
+            measured |= found
         return total, (model_state, measured)
 
     return value

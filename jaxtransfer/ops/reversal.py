@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxtransfer.ops.varying import mapped_with
+
 
 def gradient_reversal(
     x: PyTree[Array], strength: float | Float[Array, ""]
@@ -20,7 +22,7 @@ def gradient_reversal(
             gradient.
 
     Returns:
-        ``x`` unchanged.
+        ``x`` unchanged. It has no forward-mode derivative (``jax.jvp``).
 
     Raises:
         ValueError: If ``strength`` is not a scalar.
@@ -52,12 +54,11 @@ def gradient_reversal(
 
 @jax.custom_vjp
 def _reverse(x, strength):
-    del strength
-    return x
+    return mapped_with(x, strength)
 
 
 def _forward(x, strength):
-    return x, strength
+    return mapped_with(x, strength), strength
 
 
 def _backward(strength, gradient):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxtransfer import compress, nets, tree
-from jaxtransfer.methods import distill
+from jaxtransfer.methods import distill, finetune
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, train_step
 from jaxtransfer.typing import Variables
@@ -102,6 +102,44 @@ def test_the_gradient_passes_the_rounding():
         *map(jax.tree.leaves, (slope(made.model), slope(plain))), strict=True
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_grouped_convolutions_are_trained(groups):
+    """Qwix has no gradient of them; it is that of the product before rounding."""
+    images = jax.random.normal(KEY, (2, 6, 6, 4))
+    layer = nn.Conv(8, (3, 3), feature_group_count=groups)
+    made, plain = compress.quantized(layer, images), from_linen(layer)
+    variables = plain.init(KEY, images)
+    along = jax.random.normal(jax.random.key(1), (2, 6, 6, 8))
+
+    def slope(model):
+        def value(params, images):
+            return jnp.vdot(model.apply(Variables(params), images)[0], along)
+
+        return jax.jit(jax.grad(value, (0, 1)))(variables.params, images)
+
+    for found, expected in zip(
+        *map(jax.tree.leaves, (slope(made.model), slope(plain))), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    found = made.model.apply(variables, images)[0]
+    served = made.integer.apply(made.convert(variables), images)[0]
+    np.testing.assert_allclose(found, served, rtol=1e-6, atol=1e-6)
+    assert 0 < jnp.abs(found - plain.apply(variables, images)[0]).max() < 0.1
+
+
+def test_a_network_of_depthwise_convolutions_learns():
+    net = nets.MobileNetV2(3, width=0.25, stages=((6, 8, 1, 2),), last=8)
+    made = compress.quantized(net, IMAGES)
+    optimizer, batch = optax.sgd(0.1), {"inputs": IMAGES, "labels": jnp.arange(4) % 3}
+    begun = jitted(made.model).init(KEY, IMAGES)
+    step = jax.jit(train_step(finetune.objective(made.model), optimizer))
+    state, measured = step(init_state(KEY, begun, optimizer), batch)
+    assert np.isfinite(measured["loss"].total)
+    moved = tree.flatten(jax.tree.map(jnp.subtract, state.params, begun.params))
+    depthwise = [x for path, x in moved.items() if path.endswith("kernel")]
+    assert all(jnp.abs(x).max() > 0 for x in depthwise)
 
 
 def test_it_is_the_plain_network_but_for_the_rounding(pair):

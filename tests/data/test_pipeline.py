@@ -158,6 +158,41 @@ def test_evaluation_counts_every_example_once(shards):
     assert len(lengths) == 1
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"batch_size": 8}, "batch_size .* with 4, these have 8; give the same"),
+        ({"seed": 5}, "seed: the run read batches with 0, these have 5"),
+        ({"shuffle": False}, "shuffle: .* with True, these have False"),
+        ({"repeat": False}, "repeat: .* with True, these have False"),
+        ({"data": {"labels": np.arange(21)}}, "examples: .* with 20, these have 21"),
+    ],
+)
+def test_a_position_in_other_batches_is_refused(other, message):
+    given = {"data": NUMBERS, "batch_size": 4, "seed": 0}
+    state = data.batches(**given).get_state()
+    with pytest.raises(ValueError, match=message):
+        data.batches(**{**given, **other}).set_state(state)
+
+
+def test_a_position_in_batches_of_another_kind_is_refused():
+    plain = data.batches(NUMBERS, batch_size=4, seed=0)
+    both, once = (
+        data.pairs(plain, plain),
+        data.evaluation_batches(NUMBERS, batch_size=4),
+    )
+    with pytest.raises(ValueError, match="has \\['batches', 'of'\\], that of these"):
+        both.set_state(plain.get_state())
+    with pytest.raises(ValueError, match="has \\['source', 'target'\\], that of these"):
+        plain.set_state(both.get_state())
+    with pytest.raises(ValueError, match="seed: .* with 0, these have None"):
+        once.set_state(plain.get_state())
+    # As many in all: the position means the same.
+    data.batches(NUMBERS, batch_size=2, seed=0, shard=(1, 2)).set_state(
+        plain.get_state()
+    )
+
+
 def test_pairs_resume_and_end():
     """Both positions are restored; the shorter domain ends the pair."""
 

@@ -91,11 +91,36 @@ def test_every_row_can_begin(key):
         assert jax.eval_shape(run, own, given).shape == (), name
 
 
-def test_an_unknown_row_is_refused(tmp_path):
-    config = dataclasses.replace(SMOKE, run_dir=tmp_path, rows=("magic",))
-    with pytest.raises(ValueError, match="rows: no 'magic'; choose among"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": ("magic",)}, "rows: no 'magic'; choose among"),
+        ({"batch_size": 0}, "batch_size: 0 must be 1 or more"),
+        ({"test_images": -5}, "test_images: -5 must be 1 or more"),
+        ({"per_class": (2, 0)}, "per_class: 0 must be 1 or more"),
+        ({"updates": 0}, "updates: 0 must be 1 or more"),
+        ({"learning_rate": -1.0}, "learning_rate: -1.0 must be greater than 0"),
+        ({"kd_temperature": float("nan")}, "kd_temperature: nan must be greater than"),
+    ],
+)
+def test_what_can_t_be_is_refused_before_any_work(tmp_path, options, message):
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
         study.main(config)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_layers_that_a_row_learns_from_are_looked_at():
+    config = dataclasses.replace(SMOKE, teacher_depth=20, student_depth=8)
+    first, second, third = study.last_blocks(20)
+    for rows, taps in (
+        (["labels alone", "KD", "mutual"], ()),
+        (["hint"], (second,)),
+        (["SimKD", "CRD"], (third,)),
+        (["KD", "hint", "similarity"], (second, third)),
+        (["review"], (first, second, third)),
+    ):
+        assert study.looked_at(config, rows) == taps
 
 
 def test_values_of_earlier_runs_are_taken_up(tmp_path, monkeypatch):
@@ -127,7 +152,7 @@ def test_values_of_earlier_runs_are_taken_up(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"per_class": (99,)}, "got 99, but a class has"), ({"seeds": 0}, "seeds: at")],
+    [({"per_class": (99,)}, "got 99, but a class has"), ({"seeds": 0}, "seeds: 0 m")],
 )
 def test_counts_that_can_not_be(tmp_path, options, message, monkeypatch):
     monkeypatch.setattr(study, "accuracy", lambda *_: pytest.fail("work began"))

@@ -200,6 +200,16 @@ def test_terms_that_can_not_work_are_refused(net):
     with pytest.raises(ValueError, match="source: got 'where'"):
         value(adapt.objective(net[0]), begin(net), masked)
 
+    accuracy = adapt.align(tap="blocks_1", name="domain_accuracy")
+    critic = adapt.dann(CRITIC, tap="blocks_1", reversal=1.0)
+    twice = adapt.objective(net[0], critic, accuracy)
+    begun = adapt.init(KEY, *net, SOURCE["inputs"], critic=CRITIC, tap="blocks_1")
+    with pytest.raises(ValueError, match="two give a metric 'domain_accuracy'; give"):
+        value(twice, begun)
+    empty = {**PAIR, "target": {"inputs": PAIR["target"]["inputs"][:0]}}
+    with pytest.raises(ValueError, match="target: got no examples"):
+        value(adapt.objective(net[0], accuracy), begin(net), empty)
+
 
 def test_predict_is_the_network(net):
     started = begin(net, CRITIC)

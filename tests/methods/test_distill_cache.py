@@ -443,6 +443,8 @@ def test_batches_without_places(written):
         next(read)
     with pytest.raises(ValueError, match="no get_state and set_state"):
         read.set_state(read.get_state())
+    with pytest.raises(ValueError, match="data: .* batches without a teacher cache"):
+        read.set_state({"batches": {}, "of": {}})
 
 
 SECOND = jax.tree.map(lambda x: x * np.asarray(0.9, x.dtype), TEACHER)

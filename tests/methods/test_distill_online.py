@@ -84,3 +84,9 @@ def test_without_labels_the_peers_are_all():
 def test_one_student_is_no_cohort():
     with pytest.raises(ValueError, match="students: got 1; a cohort has 2 or more"):
         distill.init_cohort(KEY, MODEL, X, students=1)
+
+
+@pytest.mark.parametrize("number", [-1, 3])
+def test_a_student_that_is_not_in_the_cohort(number):
+    with pytest.raises(ValueError, match=f"number: 0 to 2, got {number}"):
+        distill.of_cohort(*COHORT, number)

@@ -55,6 +55,15 @@ def test_token_by_token_equals_all_at_once(variables, beams):
         )
 
 
+def test_tokens_past_the_length_are_not_a_number(variables):
+    step, cache = nets.decoding(NET, variables, SOURCE, length=1)
+    assert step.length == 1
+    found, cache = step(cache, TARGET[:, 0])
+    assert bool(jnp.isfinite(found).all())
+    found, _ = step(cache, TARGET[:, 1])
+    assert bool(jnp.isnan(found).all())
+
+
 def test_a_beam_scores_what_the_network_says(variables):
     step, cache = nets.decoding(NET, variables, SOURCE, length=5)
     found = ops.beam_search(

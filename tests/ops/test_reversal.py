@@ -62,6 +62,20 @@ def test_vmap_and_scan_over_the_strength():
         np.testing.assert_allclose(got, -6.0 * strengths)
 
 
+def test_every_strength_of_a_vmap_reverses_its_own_gradient():
+    """Of what is the same for all, too: three critics of the same features."""
+    strengths, slopes = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 10.0, 100.0])
+
+    def total(x):
+        terms = jax.vmap(lambda s, c: c * ops.gradient_reversal(x, s))(
+            strengths, slopes
+        )
+        return jnp.sum(terms)
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.asarray(1.0)), -321.0)
+    np.testing.assert_array_equal(total(jnp.asarray(2.0)), 222.0)
+
+
 def test_pmap_and_shard_map():
     count = jax.local_device_count()
     x, strength = jnp.arange(1.0, count + 1), jnp.asarray(0.5)

@@ -180,3 +180,46 @@ def test_tokens_that_begin_has_no_room_for():
         ops.beam_search(step, (), begin, beams=2, length=4, end=0)
     with pytest.raises(ValueError, match=message):
         ops.sample_tokens(step, (), begin, jax.random.key(0), length=4, end=0)
+
+
+BOTH = {
+    "beam_search": lambda *given, **options: ops.beam_search(
+        *given, beams=2, **{"length": 4, "end": END, **options}
+    ),
+    "sample_tokens": lambda *given, **options: ops.sample_tokens(
+        *given, jax.random.key(0), **{"length": 4, "end": END, **options}
+    ),
+}
+
+
+@pytest.mark.parametrize("search", BOTH.values(), ids=BOTH)
+@pytest.mark.parametrize(
+    ("begin", "options", "message"),
+    [
+        (jnp.ones((), int), {}, r"begin must have a token for each .* shape \(\)"),
+        (jnp.ones(0, int), {}, r"begin must have a token for each .* shape \(0,\)"),
+        (jnp.ones(1, jnp.int8), {"padding": 300}, "padding: 300 is no int8"),
+    ],
+)
+def test_beginnings_that_can_not_be(search, begin, options, message, types_unchecked):
+    step, state = of_tables(tables(1, 4))
+    with pytest.raises(ValueError, match=message):
+        search(step, state, begin, **options)
+
+
+@pytest.mark.parametrize("search", BOTH.values(), ids=BOTH)
+def test_a_step_for_fewer_tokens_is_not_asked_for_more(search):
+    step, state = of_tables(tables(1, 4))
+    step.length = 3
+    with pytest.raises(ValueError, match="length: got 4, .* made for 3 tokens at most"):
+        search(step, state, jnp.ones(1, int))
+    search(step, state, jnp.ones(1, int), length=3)
+
+
+@pytest.mark.parametrize(
+    "where", [jnp.ones((2, VOCABULARY), bool), jnp.arange(VOCABULARY)]
+)
+def test_a_mask_of_tokens_is_one_for_all(where, types_unchecked):
+    step, state = of_tables(tables(2, 4))
+    with pytest.raises(ValueError, match=r"where must be boolean \[vocabulary\]"):
+        BOTH["beam_search"](step, state, jnp.ones(2, int), where=where)

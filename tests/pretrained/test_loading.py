@@ -111,6 +111,37 @@ def test_a_long_list_is_cut(file):
         pretrained.load(file, resnet(), IMAGE, names=pretrained.flax())
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(np.int8, "integers"), (np.complex64, "complex numbers"), (bool, "bool")],
+)
+def test_numbers_of_another_kind_are_not_cast(kind, words, golden, tmp_path):
+    """Such as the codes of quantized weights, which are no weights."""
+    path = tmp_path / "codes.npz"
+    codes = (100 * golden.weights["fc.weight"]).astype(kind)
+    np.savez(path, **{**golden.weights, "fc.weight": codes})
+    message = rf"'fc/kernel' is of fractions .*'fc.weight'\] of the file are {words}"
+    with pytest.raises(ValueError, match=message):
+        pretrained.load(path, resnet(), IMAGE, names=pretrained.torch())
+
+    def scaled(value, shape):
+        return value.real.astype(np.float32) / 100
+
+    variables, _ = pretrained.load(
+        path,
+        resnet(),
+        IMAGE,
+        names=pretrained.torch(),
+        adapt={"fc/kernel": scaled},
+    )
+    assert variables.params["fc"]["kernel"].dtype == jnp.float32
+
+
+def test_what_is_saved_are_variables(tmp_path, types_unchecked):
+    with pytest.raises(TypeError, match=r"got a dict, no Variables; give Variables\("):
+        pretrained.save(tmp_path / "z.npz", {"fc": {"kernel": jnp.ones((4, 2))}})
+
+
 # --- rules ---------------------------------------------------------------------------
 
 

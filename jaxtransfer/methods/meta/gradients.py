@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 
 from jaxtransfer import tree
+from jaxtransfer.ops.varying import mapped_with
 from jaxtransfer.typing import Batch, Frozen, ModelState, Objective, Params, Scalar
 
 Order = Literal["first", "second"]
@@ -68,12 +69,17 @@ def slope(task: Objective, backward: Backward) -> Slope:
     if backward == "remat":
         return jax.checkpoint(plain)
 
+    def tied(fast, slow, *given):
+        gradient, state = plain(fast, slow, *given)
+        # What does not depend on the task, such as a penalty's gradient, is mapped too.
+        return mapped_with(gradient, (fast, slow, given)), state
+
     @jax.custom_vjp
     def mixed(fast, slow, *given):
-        return plain(fast, slow, *given)
+        return tied(fast, slow, *given)
 
     def forward(fast, slow, *given):
-        return plain(fast, slow, *given), (fast, slow, given)
+        return tied(fast, slow, *given), (fast, slow, given)
 
     def back(saved, cotangents):
         fast, slow, given = saved

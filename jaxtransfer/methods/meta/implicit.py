@@ -11,7 +11,7 @@ from jax.scipy.sparse.linalg import cg
 from jaxtransfer import tree
 from jaxtransfer.methods.meta.descent import maml
 from jaxtransfer.methods.meta.learner import Adapted, Learner, Task, Visit
-from jaxtransfer.ops.varying import vary, varying_axes
+from jaxtransfer.ops.varying import mapped_with, vary, varying_axes
 from jaxtransfer.typing import Batch, Frozen, ModelState, Params
 
 Solver = Literal["conjugate gradient", "neumann"]
@@ -124,10 +124,11 @@ def implicit_maml(
 
     @jax.custom_vjp
     def solution(params, found, *given):
-        return found
+        # What did not adapt, too: its gradient depends on the task.
+        return mapped_with(found, (params, given))
 
     def forward(params, found, *given):
-        return found, (found, given)
+        return mapped_with(found, (params, given)), (found, given)
 
     def back(saved, cotangents):
         found, (frozen, model_state, support, key) = saved
@@ -188,7 +189,10 @@ def implicit_maml(
 def _conjugate_gradient(
     system: Callable[[Params], Params], right: Params, iterations: int
 ) -> Params:
-    return cg(system, right, maxiter=iterations, tol=0.0)[0]
+    found = cg(system, right, maxiter=iterations, tol=0.0)[0]
+    # It answers not-a-number with zeros.
+    lost = jnp.stack([jnp.sum(0.0 * leaf) for leaf in jax.tree.leaves(right)]).sum()
+    return jax.tree.map(lambda leaf: leaf + lost.astype(leaf.dtype), found)
 
 
 def _neumann(

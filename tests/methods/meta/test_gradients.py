@@ -290,6 +290,33 @@ def test_every_form_gives_the_difference_of_a_twin(form, chunk, float64):
     assert np.linalg.norm(found - other) > 0.1 * np.linalg.norm(found[1:])
 
 
+def penalized(params, frozen, model_state, batch, key):
+    """Weight decay of a learned strength: its gradient is the same for all tasks."""
+    error = jnp.mean((params["w"] - batch["y"]) ** 2)
+    return error + jnp.exp(params["decay"]) * params["w"] ** 2, (model_state, {})
+
+
+@pytest.mark.parametrize("form", BACKWARDS)
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_what_does_not_depend_on_the_task_counts_once_a_task(form, chunk, float64):
+    random = np.random.default_rng(0)
+    tasks = {part: {"y": random.normal(size=(3, 4))} for part in ("support", "query")}
+    params = {"w": jnp.asarray(1.5), "decay": jnp.asarray(0.3)}
+
+    def value(params, learner, chunk):
+        objective = meta.objective(learner, chunk=chunk)
+        return objective(params, {}, {}, tasks, jax.random.key(0))[0]
+
+    task, rate = meta.Task(penalized, penalized), optax.sgd(0.1)
+    found = jax.grad(value)(
+        params, meta.maml(task, rate, steps=1, backward=form), chunk
+    )
+    stored = meta.maml(task, rate, steps=1, backward="stored")
+    expected = jax.grad(value)(params, stored, 1)
+    for name, slope in expected.items():
+        np.testing.assert_allclose(found[name], slope, rtol=1e-9, err_msg=name)
+
+
 # --- precision and memory -------------------------------------------------------------
 
 

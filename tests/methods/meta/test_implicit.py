@@ -125,3 +125,29 @@ def test_weights_of_steps_are_refused():
 def test_bad_options_are_named(options, words, types_unchecked):
     with pytest.raises(ValueError, match=words):
         meta.implicit_maml(TASK, optax.sgd(0.1), steps=1, **options)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("chunk", [None, 2, "auto"])
+def test_tasks_side_by_side_are_those_one_by_one(steps, chunk, float64):
+    """Of what does not adapt, too: it is the same for all tasks, its gradient not."""
+    learner = meta.implicit_maml(
+        TASK, optax.sgd(0.3), steps=steps, strength=STRENGTH, rules="w"
+    )
+    (_, found), (_, expected) = gradient(learner, chunk), gradient(learner, 1)
+    for name, slope in expected.items():
+        np.testing.assert_allclose(found[name], slope, rtol=1e-9, err_msg=name)
+        assert np.abs(slope).max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["conjugate gradient", "neumann"])
+def test_not_a_number_stays(solver, float64):
+    """An inner problem that diverged looks like none that is solved."""
+    learner = meta.implicit_maml(TASK, optax.sgd(0.3), steps=2, solver=solver)
+    lost = {**start(), "w": jnp.full(4, jnp.nan)}
+
+    def value(params):
+        return meta.objective(learner)(params, {}, {}, episodes(), KEY)[0]
+
+    for slope in jax.grad(value)(lost).values():
+        assert np.isnan(slope).all()
