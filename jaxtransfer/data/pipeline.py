@@ -92,10 +92,10 @@ def batches(
     read = read.map(_scale if augment is not None else _ReadMany(data))
     about = {
         "examples": length,
-        "batch_size of all shards": batch_size * count,
-        "seed": seed,
-        "shuffle": shuffle,
-        "repeat": repeat,
+        "batch_size of all shards": int(batch_size * count),
+        "seed": int(seed),
+        "shuffle": bool(shuffle),
+        "repeat": bool(repeat),
     }
     return _Batches(iter(read.to_iter_dataset(_read_options(data, threads))), about)
 
@@ -136,7 +136,7 @@ def evaluation_batches(
     own = -(-length // (count * batch_size)) * batch_size
     read = grain.MapDataset.range(own * count)[index::count].batch(batch_size)
     read = read.map(_ReadPadded(data, length))
-    about = {"examples": length, "batch_size of all shards": batch_size * count}
+    about = {"examples": length, "batch_size of all shards": int(batch_size * count)}
     return _Batches(iter(read.to_iter_dataset(_read_options(data, threads))), about)
 
 
@@ -175,7 +175,7 @@ class _Batches(grain.DatasetIterator):
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
-        return {"batches": self._batches.get_state(), "of": self._about}
+        return {"batches": self._batches.get_state(), "of": dict(self._about)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         _check_position(state, ("batches", "of"))
@@ -192,12 +192,12 @@ class _Batches(grain.DatasetIterator):
 
 def _check_position(state: Any, parts: tuple[str, ...]) -> None:
     """Raises ValueError if a position is one in batches of another kind."""
-    if not isinstance(state, Mapping) or set(state) != set(parts):
+    found = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+    if found != sorted(parts):
         raise ValueError(
-            f"data: the run read other batches: their position has {sorted(state)}, "
-            f"that of these {sorted(parts)}; give batches made by the same functions "
-            "(batches, pairs, those of a teacher cache) to go on, or begin a run of "
-            "its own"
+            f"data: the run read other batches: their position has {found}, that of "
+            f"these {sorted(parts)}; give batches made by the same functions (batches, "
+            "pairs, those of a teacher cache) to go on, or begin a run of its own"
         )
 
 
