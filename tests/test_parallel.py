@@ -154,12 +154,8 @@ METHODS = {
     "adapt, mmd": lambda: adaptation("nnx", MMD),
     "adapt, coral": lambda: adaptation("linen", CORAL),
     "adapt, dann": lambda: adaptation("linen", critic=True),
-    "maml, second, sgd": lambda: meta_learning("linen", SGD),
     "maml, second, adam, chunks": lambda: meta_learning("nnx", ADAM, chunk=1),
     "maml, first, adam": lambda: meta_learning("linen", ADAM, first_order=True),
-    "maml, stored, sgd, chunks": lambda: meta_learning(
-        "nnx", SGD, backward="stored", chunk=2
-    ),
     "maml, head, sgd, chunks": lambda: meta_learning(
         "linen", SGD, rules="head", backward="remat", chunk=1
     ),

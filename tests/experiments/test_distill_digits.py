@@ -12,15 +12,13 @@ SMOKE = PRESETS["smoke"]
 
 
 @pytest.mark.slow
-def test_smoke_prints_the_same_table_twice(tmp_path):
+def test_smoke_has_every_row_and_writes_a_table(tmp_path):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path)
-    first, second = distill_digits.main(config), distill_digits.main(config)
-    assert first["rows"] == second["rows"]
-    assert first["teacher"] == second["teacher"]
-    assert [row.method for row in first["rows"]] == [*STUDENTS, *CROSS]
-    assert all(len(row.values) == config.seeds for row in first["rows"])
-    table = (first["folder"] / "table.md").read_bytes()
-    assert table == (second["folder"] / "table.md").read_bytes()
+    found = distill_digits.main(config)
+    assert [row.method for row in found["rows"]] == [*STUDENTS, *CROSS]
+    assert all(len(row.values) == config.seeds for row in found["rows"])
+    table = (found["folder"] / "table.md").read_text()
+    assert all(method in table for method in (*STUDENTS, *CROSS))
 
 
 def test_labelled_rows_are_balanced_and_of_one_shape():
