@@ -102,7 +102,8 @@ def plane(
     both = np.concatenate([source, target])
     both = (both - both.mean(0)) / (both.std(0) + 1e-6)
     with threadpoolctl.threadpool_limits(1):  # many threads stall on a busy machine
-        places = TSNE(2, init="pca", random_state=0).fit_transform(both)
+        few = min(30.0, len(both) / 4)
+        places = TSNE(2, perplexity=few, init="pca", random_state=0).fit_transform(both)
     first, second = places[: len(source)], places[len(source) :]
     colours = matplotlib.colormaps["tab10"]
     axes.scatter(

@@ -19,7 +19,8 @@ class Beams(NamedTuple):
 
     Attributes:
         tokens: [batch, beams, length], padding after the end.
-        scores: [batch, beams], log-probability over ``length ** length_penalty``.
+        scores: [batch, beams], log-probability over ``length ** length_penalty``;
+            not-a-number for an example of which a logit was.
         lengths: [batch, beams], tokens with the end's.
     """
 
@@ -168,7 +169,10 @@ def beam_search(
     unfinished = jnp.where(
         (count >= length) & (live > _NEVER / 2), live / length**length_penalty, _NEVER
     )
-    return merge(found, Beams(written, unfinished, jnp.full((batch, beams), length)))
+    found = merge(found, Beams(written, unfinished, jnp.full((batch, beams), length)))
+    # It sorts before all numbers, so that what was not-a-number once is so at the end.
+    lost = jnp.any(jnp.isnan(live), axis=1, keepdims=True)
+    return found._replace(scores=jnp.where(lost, jnp.nan, found.scores))
 
 
 def _checked(step, begin, length, padding):

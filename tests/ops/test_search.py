@@ -223,3 +223,17 @@ def test_a_mask_of_tokens_is_one_for_all(where, types_unchecked):
     step, state = of_tables(tables(2, 4))
     with pytest.raises(ValueError, match=r"where must be boolean \[vocabulary\]"):
         BOTH["beam_search"](step, state, jnp.ones(2, int), where=where)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_example_of_lost_logits_has_no_score(place):
+    some = tables(2, 4)
+    lost = some.at[1, place].set(jnp.nan)
+    found, expected = (
+        BOTH["beam_search"](*of_tables(these), jnp.ones(2, int))
+        for these in (lost, some)
+    )
+    assert np.isnan(found.scores[1]).all()
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x[0], y[0]), found, expected
+    )
