@@ -233,14 +233,14 @@ def _decomposed(rows):
     return jnp.linalg.svd(rows, full_matrices=False)
 
 
-def _counted(values, chosen, power):
+def _counted(rows, values, chosen, power):
     """The chosen singular values; those that vanish not, where the norm has a kink.
 
     0 is the shortest slope there. Not-a-number stays.
     """
     if power > 1:
         return chosen
-    floor = len(values) * jnp.finfo(values.dtype).eps * jnp.max(values, initial=0.0)
+    floor = len(rows) * jnp.finfo(values.dtype).eps * jnp.max(values, initial=0.0)
     return chosen & ~(values <= floor)
 
 
@@ -251,7 +251,7 @@ def _sum_of_values(rows, chosen, power):
     Derivatives of first and second order are finite at ties and zeros.
     """
     values = jnp.linalg.svd(rows, full_matrices=False, compute_uv=False)
-    return jnp.sum(jnp.where(_counted(values, chosen, power), values**power, 0.0))
+    return jnp.sum(jnp.where(_counted(rows, values, chosen, power), values**power, 0.0))
 
 
 @_sum_of_values.defjvp
@@ -264,7 +264,7 @@ def _sum_of_values_jvp(power, primals, tangents):
 def _sum_and_slopes(rows, chosen, power):
     """The sum, and ``U diag(p s^(p - 1)) V'`` over what is chosen."""
     left, values, right = _decomposed(rows)
-    chosen = _counted(values, chosen, power)
+    chosen = _counted(rows, values, chosen, power)
     slopes = jnp.where(chosen, power * values ** (power - 1), 0.0)
     total = jnp.sum(jnp.where(chosen, values**power, 0.0))
     return total, product(left * slopes, right)
@@ -278,7 +278,7 @@ def _sum_and_slopes_jvp(power, primals, tangents):
     change = tangents[0]
     total, slopes = _sum_and_slopes(rows, chosen, power)
     left, values, right = _decomposed(rows)
-    chosen = _counted(values, chosen, power)
+    chosen = _counted(rows, values, chosen, power)
     both = chosen[:, None] & chosen
     one = chosen[:, None] ^ chosen
     own = jnp.where(chosen, power * values ** (power - 1), 0.0)
