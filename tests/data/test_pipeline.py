@@ -177,17 +177,19 @@ def test_a_position_in_other_batches_is_refused(other, message):
 
 def test_a_position_in_batches_of_another_kind_is_refused():
     plain = data.batches(NUMBERS, batch_size=4, seed=0)
-    both, once = (
-        data.pairs(plain, plain),
-        data.evaluation_batches(NUMBERS, batch_size=4),
-    )
+    both = data.pairs(plain, plain)
+    once = data.evaluation_batches(NUMBERS, batch_size=4)
     with pytest.raises(ValueError, match="has \\['batches', 'of'\\], that of these"):
         both.set_state(plain.get_state())
     with pytest.raises(ValueError, match="has \\['source', 'target'\\], that of these"):
         plain.set_state(both.get_state())
     with pytest.raises(ValueError, match="seed: .* with 0, these have None"):
         once.set_state(plain.get_state())
-    # As many in all: the position means the same. Numbers may be NumPy's.
+
+
+def test_a_position_in_shards_of_as_many_in_all_means_the_same(types_unchecked):
+    """Numbers may be NumPy's: a position is saved as JSON."""
+    plain = data.batches(NUMBERS, batch_size=4, seed=0)
     halves = data.batches(NUMBERS, batch_size=2, seed=np.int64(0), shard=(1, 2))
     halves.set_state(json.loads(json.dumps(plain.get_state())))
     plain.set_state(json.loads(json.dumps(halves.get_state())))
