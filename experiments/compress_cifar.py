@@ -36,7 +36,6 @@ from experiments.cifar import (
 )
 from experiments.common import (
     Row,
-    check_options,
     command_line,
     interval,
     keep,
@@ -246,7 +245,6 @@ def main(config: Config) -> dict[str, Any]:
     for name in ("sparsity", "kd_weight"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name}: 0 to 1, got {getattr(config, name)}")
-    check_options(config)
     teacher = resnet(config, config.teacher_depth)
     teacher_variables = read_teacher(config, teacher)
     folder = start_run("compress_cifar", config)

@@ -33,7 +33,6 @@ from experiments.cifar import (
 )
 from experiments.common import (
     Row,
-    check_options,
     command_line,
     keep,
     kept,
@@ -53,6 +52,7 @@ from experiments.distill_cifar_rows import (
 )
 from jaxtransfer import nets, parallel, prng
 from jaxtransfer.methods import distill
+from jaxtransfer.methods.distill.terms import paths, tapped
 from jaxtransfer.train import init_state, train_step
 from jaxtransfer.typing import Model, Variables
 
@@ -211,13 +211,8 @@ def looked_at(config: Config, rows: list[str]) -> tuple[str, ...]:
     """Layers of the teacher that the rows learn from; only these are kept in memory."""
     depths = config.student_depth, config.teacher_depth, config.filters
     terms = make_rows(*depths, jax.random.key(0), jnp.zeros(2, jnp.int32))
-    used = {
-        path
-        for row in rows
-        for term in terms[row].values()
-        for path in jax.tree.leaves(term.teacher)
-    }
-    return tuple(path for path in last_blocks(config.teacher_depth) if path in used)
+    used = [term.teacher for row in rows for term in terms[row].values()]
+    return tapped(path for one in used for path in paths(one))
 
 
 def follow_together(
@@ -272,7 +267,6 @@ def main(config: Config) -> dict[str, Any]:
     known = list(make_rows(8, 8, 1, jax.random.key(0), jnp.zeros(4, int)))
     if unknown := sorted(set(config.rows) - set(known)):
         raise ValueError(f"rows: no {unknown[0]!r}; choose among {known}")
-    check_options(config)
     if not 0 <= config.kd_weight <= 1:
         raise ValueError(f"kd_weight: 0 to 1, got {config.kd_weight}")
     if config.scored_on not in ("test", "valid"):

@@ -72,7 +72,7 @@ class Config(StudyConfig):
 
 
 PRESETS = {
-    "smoke": Config(seeds=2, steps=40, meta_steps=40, drawn_images=30),
+    "smoke": Config(seeds=2, steps=40, meta_steps=40, drawn_images=12),
     "cpu": Config(),
     "paper": Config(seeds=20, steps=2000, meta_steps=4000),
 }

@@ -257,8 +257,8 @@ def _log_distance_jvp(primals, tangents):
     *matrices, shift = primals
     found = [_log_and_eigen(matrix, shift) for matrix in matrices]
     difference = found[0][0] - found[1][0]
-    # The derivative of a logarithm is its own transpose: it goes to the difference, so
-    # that what it does depends on the matrix in sight of a second derivative.
+    # The derivative of a logarithm is its own transpose. Taken of the difference it is
+    # a value, which has a derivative itself; transposed, it would lose that rule.
     of_first, of_second = (
         jnp.sum(_along(difference, _plus(matrix, shift), *eigen) * _plus(moved, by))
         for matrix, (_, *eigen), moved, by in zip(

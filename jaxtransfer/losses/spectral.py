@@ -226,11 +226,16 @@ def nuclear_wasserstein_discrepancy(
 
 
 def _tall(rows):
+    """What LAPACK is quicker with."""
     return rows.T if rows.shape[0] < rows.shape[1] else rows
 
 
-def _decomposed(rows):
-    return jnp.linalg.svd(rows, full_matrices=False)
+def _decomposed(rows, chosen, power):
+    """Singular vectors, values, which of them count, and the slope of each."""
+    left, values, right = jnp.linalg.svd(rows, full_matrices=False)
+    chosen = _counted(rows, values, chosen, power)
+    slopes = jnp.where(chosen, power * values ** (power - 1), 0.0)
+    return left, values, right, chosen, slopes
 
 
 def _counted(rows, values, chosen, power):
@@ -263,9 +268,7 @@ def _sum_of_values_jvp(power, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _sum_and_slopes(rows, chosen, power):
     """The sum, and ``U diag(p s^(p - 1)) V'`` over what is chosen."""
-    left, values, right = _decomposed(rows)
-    chosen = _counted(rows, values, chosen, power)
-    slopes = jnp.where(chosen, power * values ** (power - 1), 0.0)
+    left, values, right, chosen, slopes = _decomposed(rows, chosen, power)
     total = jnp.sum(jnp.where(chosen, values**power, 0.0))
     return total, product(left * slopes, right)
 
@@ -277,11 +280,9 @@ def _sum_and_slopes_jvp(power, primals, tangents):
     rows, chosen = primals
     change = tangents[0]
     total, slopes = _sum_and_slopes(rows, chosen, power)
-    left, values, right = _decomposed(rows)
-    chosen = _counted(rows, values, chosen, power)
+    left, values, right, chosen, own = _decomposed(rows, chosen, power)
     both = chosen[:, None] & chosen
     one = chosen[:, None] ^ chosen
-    own = jnp.where(chosen, power * values ** (power - 1), 0.0)
 
     def over(numbers, by, where):
         return jnp.where(where, numbers, 0.0) / jnp.where(where, by, 1.0)

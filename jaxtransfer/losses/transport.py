@@ -162,13 +162,14 @@ def sinkhorn_divergence(
     target, target_weights = weighted_rows("target", target, target_where, 1)
     check_widths(source, target)
     enough, u, v = _marginals(source_weights, target_weights)
+    one_type = jnp.promote_types(source.dtype, target.dtype)  # ott-jax takes no two
+    source, target, u, v = (x.astype(one_type) for x in (source, target, u, v))
     costs = (
         squared_distances(source, target),
         self_squared_distances(source),
         self_squared_distances(target),
     )
     fixed = jax.lax.stop_gradient(costs)
-    u, v = u.astype(fixed[0].dtype), v.astype(fixed[0].dtype)
     epsilon = _entropy_strength(epsilon, fixed[0], u, v)
     geometry, _, divergence = _ott()
     _, out = divergence(

@@ -250,7 +250,8 @@ def objective(
     Raises:
         ValueError: a ramp without ``steps``; two terms of one name, or of one that the
             objective has; (at the first call) source and target of different shapes,
-            ``"where"`` in one of them, a tap that does not exist, or no critic.
+            one of them empty or with ``"where"``, two metrics of one name, a tap that
+            does not exist, or no critic.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp

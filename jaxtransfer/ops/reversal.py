@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxtransfer.ops.varying import mapped_with
+from jaxtransfer.ops.mapped import mapped_with
 
 
 def gradient_reversal(

@@ -307,3 +307,19 @@ def test_says_what_is_wrong():
         penalty(rows, rows, jnp.sum, key=KEY, points="source")
     with pytest.raises(ValueError, match=r"source_logits must be .* \(4, 3\)"):
         transport.wasserstein_critic(rows, rows)
+
+
+def test_two_precisions_are_one(float64):
+    """Source in float32, target in float64."""
+    rows, others = np.random.default_rng(0).normal(size=(2, 5, 3))
+    logits, labels = np.eye(5)[:, :3], np.arange(5) % 3
+    narrow = rows.astype(np.float32)
+
+    def both(source):
+        return (
+            transport.sinkhorn_divergence(source, others, epsilon=1.0),
+            transport.deep_joint_distribution_transport(source, others, labels, logits),
+        )
+
+    for found, expected in zip(both(narrow), both(narrow.astype(float)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 
 from jaxtransfer import tree
-from jaxtransfer.ops.varying import mapped_with
+from jaxtransfer.ops.mapped import mapped_with
 from jaxtransfer.typing import Batch, Frozen, ModelState, Objective, Params, Scalar
 
 Order = Literal["first", "second"]

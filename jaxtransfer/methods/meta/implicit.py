@@ -11,7 +11,8 @@ from jax.scipy.sparse.linalg import cg
 from jaxtransfer import tree
 from jaxtransfer.methods.meta.descent import maml
 from jaxtransfer.methods.meta.learner import Adapted, Learner, Task, Visit
-from jaxtransfer.ops.varying import mapped_with, vary, varying_axes
+from jaxtransfer.ops.mapped import mapped_with
+from jaxtransfer.ops.varying import vary, varying_axes
 from jaxtransfer.typing import Batch, Frozen, ModelState, Params
 
 Solver = Literal["conjugate gradient", "neumann"]
