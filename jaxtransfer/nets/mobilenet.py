@@ -120,8 +120,8 @@ class MobileNetV2(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> net = MobileNetV2(5, width=0.25, stages=((1, 16, 1, 1), (6, 24, 2, 2)))
-        >>> outputs, variables = net.init_with_output(
-        ...     jax.random.key(0), jnp.ones((2, 32, 32, 3)))
+        >>> outputs, variables = jax.eval_shape(
+        ...     net.init_with_output, jax.random.key(0), jnp.ones((2, 32, 32, 3)))
         >>> outputs.shape, sorted(variables["params"]["blocks_1_0"])
         ((2, 5), ['bn1', 'bn2', 'bn3', 'conv_dw', 'conv_pw', 'conv_pwl'])
 

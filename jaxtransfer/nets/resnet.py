@@ -74,8 +74,8 @@ class ImageNetResNet(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> net = ImageNetResNet(5, depth=50, filters=4, stages=(1, 1))
-        >>> outputs, variables = net.init_with_output(
-        ...     jax.random.key(0), jnp.ones((2, 32, 32, 3)))
+        >>> outputs, variables = jax.eval_shape(
+        ...     net.init_with_output, jax.random.key(0), jnp.ones((2, 32, 32, 3)))
         >>> outputs.shape, variables["params"]["fc"]["kernel"].shape
         ((2, 5), (32, 5))
 

@@ -165,7 +165,8 @@ class Transformer(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> net = Transformer(11, width=8, heads=2, hidden=16)
         >>> inputs = {"source": jnp.ones((2, 5), int), "target": jnp.ones((2, 3), int)}
-        >>> logits, variables = net.init_with_output(jax.random.key(0), inputs)
+        >>> logits, variables = jax.eval_shape(
+        ...     net.init_with_output, jax.random.key(0), inputs)
         >>> logits.shape
         (2, 3, 11)
 

@@ -40,8 +40,8 @@ class VGG(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> net = VGG(5, depth=11, filters=2, width=8)
-        >>> outputs, variables = net.init_with_output(
-        ...     jax.random.key(0), jnp.ones((2, 32, 32, 3)))
+        >>> outputs, variables = jax.eval_shape(
+        ...     net.init_with_output, jax.random.key(0), jnp.ones((2, 32, 32, 3)))
         >>> outputs.shape, variables["params"]["classifier_0"]["kernel"].shape
         ((2, 5), (784, 8))
 

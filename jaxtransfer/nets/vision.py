@@ -131,7 +131,8 @@ class LeNet(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> net = LeNet(10)
-        >>> net.init_with_output(jax.random.key(0), jnp.ones((2, 28, 28, 1)))[0].shape
+        >>> x = jnp.ones((2, 28, 28, 1))
+        >>> jax.eval_shape(net.init_with_output, jax.random.key(0), x)[0].shape
         (2, 10)
 
     References:
@@ -251,7 +252,8 @@ class Conv4(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> net = Conv4(5, filters=8)
-        >>> net.init_with_output(jax.random.key(0), jnp.ones((2, 28, 28, 1)))[0].shape
+        >>> x = jnp.ones((2, 28, 28, 1))
+        >>> jax.eval_shape(net.init_with_output, jax.random.key(0), x)[0].shape
         (2, 5)
 
     References:
@@ -323,7 +325,8 @@ class ResNet(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> net = ResNet(10, depth=8, filters=4)
-        >>> net.init_with_output(jax.random.key(0), jnp.ones((2, 16, 16, 3)))[0].shape
+        >>> x = jnp.ones((2, 16, 16, 3))
+        >>> jax.eval_shape(net.init_with_output, jax.random.key(0), x)[0].shape
         (2, 10)
 
     References:

@@ -85,8 +85,8 @@ class ViT(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> net = ViT(5, width=8, depth=1, heads=2, patch=8)
-        >>> outputs, variables = net.init_with_output(
-        ...     jax.random.key(0), jnp.ones((2, 16, 24, 3)))
+        >>> outputs, variables = jax.eval_shape(
+        ...     net.init_with_output, jax.random.key(0), jnp.ones((2, 16, 24, 3)))
         >>> outputs.shape, variables["params"]["pos_embed"].shape
         ((2, 5), (1, 7, 8))
 

@@ -53,8 +53,12 @@ def test_smoke_writes_a_table_of_both_measures(smoke):
 
 @pytest.mark.slow
 def test_same_seed_gives_the_same_table_with_any_number_of_workers(smoke):
+    """Of one method, whose numbers don't depend on the others either."""
     config, results, _ = smoke
-    assert study.main(dataclasses.replace(config, workers=1)) == results
+    alone = {"methods": ("MAML",), "baselines": (), "workers": 1}
+    again = study.main(dataclasses.replace(config, **alone))
+    expected = {name: {"MAML": found["MAML"]} for name, found in results.items()}
+    assert again == expected
 
 
 def test_every_recipe_has_a_name_on_the_command_line():
@@ -187,7 +191,7 @@ def test_omniglot_is_read_with_ink_as_one(data_dir, monkeypatch):
 
     def some(name, split, **options):
         asked.append((name, split))
-        return load(name, "train[:1500]", **options)
+        return load(name, "train[:500]", **options)
 
     monkeypatch.setattr(few_shot_training.data, "load", some)
     known = {int(x["labels"]) for x in some("omniglot", "train", data_dir=data_dir)}

@@ -80,7 +80,8 @@ def proto_maml(
         >>> start = net.init(jax.random.key(0), jnp.ones((1, 3)))
         >>> learner = proto_maml(net, optax.sgd(0.1), steps=1)
         >>> support = {"inputs": jnp.eye(3)[:2], "labels": jnp.array([1, 0])}
-        >>> adapted = learner.adapt(start.params, {}, {}, support, jax.random.key(1))
+        >>> adapted = jax.jit(learner.adapt)(
+        ...     start.params, {}, {}, support, jax.random.key(1))
         >>> adapted.params["head"]["bias"].shape
         (2,)
 

@@ -93,7 +93,7 @@ def transductive_fine_tuning(
         >>> part = {"inputs": jnp.eye(2)[None], "labels": jnp.array([[1, 0]])}
         >>> episodes = with_unlabelled_query({"support": part, "query": part})
         >>> learner = transductive_fine_tuning(net, optax.adam(1e-3), ways=2)
-        >>> loss, (_, measured) = meta.objective(learner)(
+        >>> loss, (_, measured) = jax.jit(meta.objective(learner))(
         ...     start.params, {}, {}, episodes, jax.random.key(1))
         >>> sorted(measured)
         ['accuracy', 'task_loss']
