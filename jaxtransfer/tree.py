@@ -191,7 +191,8 @@ def held_modules(
 
     Args:
         trained: what :func:`partition` returned first.
-        held: what it returned second.
+        held: what it returned second; an empty dict in it is a held module that has
+            no parameters.
 
     Returns:
         Paths of modules, sorted; ``("",)`` if nothing is trained at all.
@@ -205,14 +206,24 @@ def held_modules(
         parents = path.split("/")[:-1]
         alive |= {"/".join(parents[:depth]) for depth in range(1, len(parents) + 1)}
     topmost = set()
-    for path in flatten(held):
-        parents = path.split("/")[:-1]
+    for parents in _modules(held):
         for depth in range(len(parents) + 1):
             module = "/".join(parents[:depth])
             if module not in alive:
                 topmost.add(module)
                 break
     return tuple(sorted(topmost))
+
+
+def _modules(
+    node: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterable[tuple[str, ...]]:
+    """Paths of the dicts that hold leaves, and of the empty ones."""
+    below = [name for name in node if isinstance(node[name], Mapping)]
+    if len(below) < len(node) or (path and not node):
+        yield path
+    for name in below:
+        yield from _modules(node[name], (*path, name))
 
 
 def size(tree: Any) -> int:

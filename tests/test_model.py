@@ -372,6 +372,69 @@ def test_every_way_of_telling_a_module_to_train(mode):
         assert same(kept, variables.model_state), f"held={held} moved statistics"
 
 
+class _LinenEncoder(nn.Module):
+    def setup(self):
+        self.dense = nn.Dense(4)
+
+    def encode(self, x, train):
+        return self.dense(x) * (2.0 if train else 1.0)
+
+
+class _LinenByMethod(nn.Module):
+    def setup(self):
+        self.body, self.head = _LinenEncoder(), nn.Dense(2)
+
+    def __call__(self, x, train=False):
+        return self.head(self.body.encode(x, train))
+
+
+class _NNXEncoder(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(X.shape[-1], 4, rngs=rngs)
+
+    def encode(self, x, train):
+        return self.dense(x) * (2.0 if train else 1.0)
+
+
+class _NNXByMethod(nnx.Module):
+    def __init__(self, rngs):
+        self.body, self.head = _NNXEncoder(rngs), nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x, train=False):
+        return self.head(self.body.encode(x, train))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: from_linen(_LinenByMethod()), lambda: from_nnx(_NNXByMethod)]
+)
+def test_methods_of_held_modules_run_as_in_evaluation(build):
+    net = build()
+    variables = net.init(jax.random.key(0), X)
+    still, _, _ = net.apply(variables, X)
+    calm, _, _ = net.apply(variables, X, train=True, held=("body",))
+    moved, _, _ = net.apply(variables, X, train=True)
+    assert same(calm, still) and not same(moved, still)
+
+
+def test_what_a_module_sows_is_not_kept():
+    """It would grow with every call. A tuple that stays as it is, is state."""
+
+    class Sower(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            self.sow("losses", "aux", jnp.mean(x**2))
+            pair = self.variable("pairs", "kept", lambda: (jnp.zeros(()), jnp.ones(())))
+            if train:
+                pair.value = tuple(part + 1 for part in pair.value)
+            return nn.Dense(2)(x)
+
+    net = from_linen(Sower())
+    variables = net.init(jax.random.key(0), X)
+    assert set(variables.model_state) == {"pairs"}
+    _, _, state = net.apply(variables, X, train=True)
+    assert jax.tree.leaves(state) == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("nnx")])
 def test_nnx_asks_for_a_key_where_it_draws(mode):
     """As Linen does; not in evaluation, and not for what is held or has rate 0."""

@@ -25,9 +25,6 @@ from jaxtransfer.typing import (
 Loss = Callable[[Any, Any], jax.Array]
 """``(outputs [batch, ...], labels [batch, ...]) -> [batch]``."""
 
-ABSENT = -1e9
-"""Logit of a class that a task does not have."""
-
 
 def task_loss(
     loss: Loss, outputs: jax.Array, batch: Batch
@@ -42,30 +39,29 @@ def task_loss(
             classes that the task has.
 
     Returns:
-        The loss, and ``task_loss`` and, for integer labels, ``accuracy``. Labels that
-        don't count may be anything (-1 is usual): they reach no gradient either.
+        The loss, and ``task_loss`` and, for integer labels that are classes (one for
+        several outputs), ``accuracy``. Labels that don't count may be anything (-1 is
+        usual): they reach no gradient either.
 
     Raises:
         ValueError: ``"classes"`` is not one for each output, or ``"where"`` is not
             boolean.
     """
-    labels, where = jnp.asarray(batch["labels"]), batch.get("where")
-    if where is not None:
-        labels = jnp.where(metrics.cover(where, labels), labels, 0)
-    if "classes" in batch:
-        present = jnp.asarray(batch["classes"])
-        if present.shape[-1:] != outputs.shape[-1:]:
-            raise ValueError(
-                f"classes: got shape {present.shape} for outputs {outputs.shape}; give "
-                "[classes], or [batch, classes] where a batch is divided among devices"
-            )
-        outputs = jnp.where(present, outputs, ABSENT)
+    outputs, labels = metrics.counted(outputs, batch)
+    where = batch.get("where")
     task = metrics.mean(loss(outputs, labels), where=where)
     measured: Metrics = {"task_loss": task}
-    if jnp.issubdtype(labels.dtype, jnp.integer):
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    if integers and _of_classes(outputs, labels):
         accuracy = losses.accuracy(outputs, labels)
         measured["accuracy"] = metrics.mean(accuracy, where=where)
     return metrics.value(task), measured
+
+
+def _of_classes(outputs: Any, labels: jax.Array) -> bool:
+    """Whether labels can be classes: one for the several outputs of a place."""
+    shape = jnp.shape(outputs)
+    return labels.shape == shape[:-1] and shape[-1:] > (1,)
 
 
 def supervised(model: Model, loss: Loss, *, train: bool) -> Objective:

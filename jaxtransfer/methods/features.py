@@ -32,7 +32,7 @@ from jaxtransfer.typing import (
 )
 
 
-def extract(source: Model, *, tap: str) -> Callable[[Variables, Inputs], jax.Array]:
+def extract(source: Model, *, tap: str) -> Callable[[Variables, Inputs], Any]:
     """Make the function that runs a network to a layer.
 
     Args:
@@ -55,7 +55,7 @@ def extract(source: Model, *, tap: str) -> Callable[[Variables, Inputs], jax.Arr
         (5, 4)
     """
 
-    def run(variables: Variables, inputs: Inputs) -> jax.Array:
+    def run(variables: Variables, inputs: Inputs) -> Any:
         _, features, _ = source.apply(variables, inputs, taps=(tap,))
         return jax.lax.stop_gradient(features[tap])
 
@@ -64,36 +64,47 @@ def extract(source: Model, *, tap: str) -> Callable[[Variables, Inputs], jax.Arr
 
 def extract_all(
     source: Model, variables: Variables, inputs: Any, *, tap: str, batch_size: int = 256
-) -> jax.Array:
+) -> Any:
     """Features of a whole data set, computed once, to train on many times.
 
     Args:
         source: the source network.
         variables: its variables.
-        inputs: array ``[examples, ...]``.
+        inputs: array ``[examples, ...]``, or a tuple or dict of them that the network
+            takes.
         tap: path of the layer's module.
         batch_size: rows a forward pass.
 
     Returns:
-        Features ``[examples, ...]``.
+        Features ``[examples, ...]``; a tree of them if the layer's output is one.
 
     Raises:
-        ValueError: there are no examples, the tap does not exist, or ``batch_size`` is
-            not positive.
+        ValueError: there are no examples or not as many in each array, the tap does not
+            exist, or ``batch_size`` is not positive.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; it must be at least 1")
-    count = len(inputs)
+    if isinstance(inputs, list):  # of rows
+        inputs = jnp.asarray(inputs)
+    counts = {len(leaf) for leaf in jax.tree.leaves(inputs)}
+    if len(counts) > 1:
+        raise ValueError(f"inputs: arrays of {sorted(counts)} examples; give as many")
+    count = max(counts, default=0)
     if count == 0:
         raise ValueError("inputs: no examples to extract features of")
     run = jit(extract(source, tap=tap))
     parts = []
     for start in range(0, count, batch_size):
-        part = jnp.asarray(inputs[start : start + batch_size])
-        short = batch_size - len(part) if count > batch_size else 0
-        padded = jnp.pad(part, [(0, short), *[(0, 0)] * (part.ndim - 1)])
-        parts.append(run(variables, padded)[: len(part)])
-    return jnp.concatenate(parts)
+        rows = min(batch_size, count - start)
+        short = batch_size - rows if count > batch_size else 0
+
+        def cut(leaf: Any, start: int = start, rows: int = rows, short: int = short):
+            part = jnp.asarray(leaf[start : start + rows])
+            return jnp.pad(part, [(0, short), *[(0, 0)] * (part.ndim - 1)])
+
+        found = run(variables, jax.tree.map(cut, inputs))
+        parts.append(jax.tree.map(lambda leaf, rows=rows: leaf[:rows], found))
+    return jax.tree.map(lambda *found: jnp.concatenate(found), *parts)
 
 
 def objective(
@@ -194,7 +205,8 @@ def logistic_regression(
         ``{"kernel": [dim, classes], "bias": [classes]}``.
 
     Raises:
-        ValueError: the features are not ``[batch, dim]``.
+        ValueError: the features are not ``[batch, dim]``, or the labels not one for
+            each row.
 
     Example:
         >>> import jax.numpy as jnp
@@ -207,6 +219,11 @@ def logistic_regression(
         raise ValueError(
             f"features: got shape {jnp.shape(features)}, needs [batch, dim]; pool maps "
             "first, features.mean((1, 2))"
+        )
+    if jnp.shape(labels) != (len(features),):
+        raise ValueError(
+            f"labels: got shape {jnp.shape(labels)} for features of {len(features)} "
+            "rows; give one for each row"
         )
     rows = jnp.ones(len(features), bool) if where is None else where
     dtype = jnp.promote_types(features.dtype, jnp.float32)

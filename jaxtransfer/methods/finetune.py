@@ -5,12 +5,14 @@ the start point (``frozen["anchor"]``).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from jaxtransfer import losses, tree
 from jaxtransfer.methods import _supervised
 from jaxtransfer.methods._supervised import Loss, supervised
+from jaxtransfer.pretrained.loading import leaves_of
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -32,10 +34,13 @@ def split(
 
     Args:
         variables: the source network.
-        rules: paths of what is trained; see :func:`jaxtransfer.tree.match`.
+        rules: paths of what is trained; see :func:`jaxtransfer.tree.match`. A module
+            that has statistics and no parameters, such as a normalisation without
+            scale and bias, is held unless a rule matches it.
 
     Returns:
-        ``(variables, frozen)`` for :func:`~jaxtransfer.train.init_state`.
+        ``(variables, frozen)`` for :func:`~jaxtransfer.train.init_state`. Held modules
+        without parameters are empty dicts in ``frozen["params"]``.
 
     Raises:
         ValueError: a rule matches nothing.
@@ -47,8 +52,28 @@ def split(
         >>> sorted(trained.params), sorted(frozen["params"])
         (['head'], ['stem'])
     """
-    trained, held = tree.partition(variables.params, rules)
-    return Variables(trained, variables.model_state), {"params": held}
+    leaves, bare = tree.flatten(variables.params), _bare(variables)
+    chosen = tree.match(rules, [*leaves, *bare])
+    trained = {path: leaf for path, leaf in leaves.items() if path in chosen}
+    held = {p: leaf for p, leaf in (leaves | bare).items() if p not in chosen}
+    variables = Variables(tree.unflatten(trained), variables.model_state)
+    return variables, {"params": tree.unflatten(held)}
+
+
+def _bare(variables: Variables) -> dict[str, dict[str, Any]]:
+    """The topmost modules with state and without parameters, as empty dicts."""
+    below = tuple(tree.flatten(variables.params))
+    bare: dict[str, dict[str, Any]] = {}
+    for path, (leaf, _) in sorted(leaves_of(variables).items()):
+        parents = path.split("/")[:-1]
+        for depth in range(1, len(parents) + 1):
+            module = "/".join(parents[:depth])
+            if leaf.collection == "params" or module in bare:
+                break
+            if not any(other.startswith(f"{module}/") for other in below):
+                bare[module] = {}
+                break
+    return bare
 
 
 def objective(

@@ -43,9 +43,9 @@ def _hold(held: tuple[str, ...]) -> Callable[..., Any]:
     ) -> Any:
         module = context.module
         is_held = lies_under("/".join(module.path), held)
-        if context.method_name != "__call__" or not is_held:
+        call = getattr(type(module), context.method_name)
+        if not is_held or context.method_name == "setup":
             return following(*args, **kwargs)
-        call = type(module).__call__
         fields = {
             name: value
             for name, value in mode_arguments(type(module), False).items()
@@ -61,6 +61,29 @@ def _hold(held: tuple[str, ...]) -> Callable[..., Any]:
     return interceptor
 
 
+def _sown(
+    module: nn.Module, collections: Mapping[str, Any], inputs: Inputs
+) -> list[str]:
+    """The collections that grow with each call, as those that `sow` appends to do."""
+
+    def has_tuples(values: Any) -> bool:
+        parts = values.values() if isinstance(values, Mapping) else ()
+        return type(values) is tuple or any(map(has_tuples, parts))
+
+    likely = [name for name, values in collections.items() if has_tuples(values)]
+    if not likely:
+        return []
+    mode = mode_arguments(type(module).__call__, False)
+    _, after = jax.eval_shape(
+        lambda given: module.apply(
+            given, *positional(inputs), **mode, mutable=likely, rngs={}
+        ),
+        dict(collections),
+    )
+    structure = jax.tree.structure
+    return [n for n in likely if structure(after[n]) != structure(collections[n])]
+
+
 def from_linen(
     module: nn.Module, *, key_streams: tuple[str, ...] = ("dropout",)
 ) -> Model:
@@ -70,7 +93,8 @@ def from_linen(
     ``training``, ``is_training``, ``deterministic`` and ``use_running_average`` its
     ``__call__`` has. Taps are module paths (``"block1/conv"``); a module that is
     called several times is tapped at its last call. Under ``jit`` what lies behind
-    the last value that is used is not computed.
+    the last value that is used is not computed. What a module sows is an output, not
+    state, and is not kept.
 
     Args:
         module: unbound Linen module; called as ``module(inputs)``, or as
@@ -98,6 +122,8 @@ def from_linen(
         collections = dict(nn.meta.unbox(collections))
         collections.pop("intermediates", None)
         params = collections.pop("params", {})
+        for name in _sown(module, {"params": params, **collections}, inputs):
+            del collections[name]
         return Variables(params, collections)
 
     def run(

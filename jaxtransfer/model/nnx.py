@@ -35,26 +35,32 @@ def _named(state: Any) -> dict[str, Any]:
 
 @functools.cache
 def _calm(kind: type[nnx.Module]) -> type[nnx.Module]:
-    """The same module, in evaluation mode whatever its call is told."""
-    call = kind.__call__  # pyright: ignore[reportAttributeAccessIssue]
-    mode = mode_arguments(call, False)
-    if not mode:
-        return kind
-    signature = inspect.signature(call)
+    """The same module, in evaluation mode whatever its methods are told."""
 
-    @functools.wraps(call)
-    def calm(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(self, *args, **kwargs)
-        given.arguments.update(mode)
-        return call(*given.args, **given.kwargs)
+    def calmed(method: Callable[..., Any], mode: dict[str, Any]) -> Any:
+        signature = inspect.signature(method)
 
-    return type(kind.__name__, (kind,), {"__call__": calm})
+        @functools.wraps(method)
+        def calm(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind_partial(self, *args, **kwargs)
+            given.arguments.update(mode)
+            return method(*given.args, **given.kwargs)
+
+        return calm
+
+    methods = {
+        name: calmed(method, mode)
+        for name, method in inspect.getmembers(kind, inspect.isfunction)
+        if (name == "__call__" or not name.startswith("__"))
+        and (mode := mode_arguments(method, False))
+    }
+    return type(kind.__name__, (kind,), methods) if methods else kind
 
 
 def _hold_calls(module: nnx.Module, held: tuple[str, ...]) -> None:
     """Make the modules under ``held`` ignore what their callers tell them."""
     for path, part in nnx.iter_modules(module):
-        if lies_under(linen_path(path), held) and callable(part):
+        if lies_under(linen_path(path), held):
             object.__setattr__(part, "__class__", _calm(type(part)))
 
 

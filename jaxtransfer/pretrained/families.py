@@ -141,7 +141,8 @@ def jax_vit(*, heads: int = 3) -> Naming:
     ``ViT(…, activation=jax.nn.gelu)``.
 
     Args:
-        heads: heads of attention of the network.
+        heads: heads of attention of the network and of its file; another number than
+            the file's is a ``ValueError`` when it is loaded.
 
     Returns:
         The naming.
@@ -180,12 +181,16 @@ def jax_vit(*, heads: int = 3) -> Naming:
         if module == "attn/qkv":
             attention = f"{block}/MultiHeadDotProductAttention_1"
             parts = tuple(f"{attention}/{p}/{last}" for p in ("query", "key", "value"))
-            return Entry(parts, _joined, lambda joined: _parted(joined, heads))
+            return Entry(
+                parts,
+                lambda *given: _joined(*(_of_heads(x, -2, heads) for x in given)),
+                lambda joined: _parted(joined, heads),
+            )
         name = f"{block}/{inner.get(module, module)}/{last}"
         if module == "attn/proj" and last == "kernel":
             return Entry(
                 (name,),
-                lambda kernel: kernel.reshape(-1, kernel.shape[-1]),
+                lambda kernel: _flat(_of_heads(kernel, 0, heads)),
                 lambda kernel: (kernel.reshape(heads, -1, kernel.shape[-1]),),
             )
         return _same(name)
@@ -202,10 +207,29 @@ def _without_ones(kernel: np.ndarray) -> np.ndarray:
     return kernel[0, 0] if kernel.shape[:-2] == (1, 1) else kernel
 
 
+def _of_heads(part: np.ndarray, axis: int, heads: int) -> np.ndarray:
+    """The array, whose axis of heads has as many as were said.
+
+    Raises:
+        ValueError: it has another number.
+    """
+    if part.ndim < 2 or part.shape[axis] != heads:
+        raise ValueError(
+            f"heads: got {heads}, but attention in the file has the shape {part.shape}"
+            + (f"; give jax_vit(heads={part.shape[axis]})" if part.ndim > 1 else "")
+        )
+    return part
+
+
 def _joined(*parts: np.ndarray) -> np.ndarray:
     """Three ``[…, heads, width of a head]`` → ``[…, 3 * width]``."""
     flat = [part.reshape(*part.shape[:-2], -1) for part in parts]
     return np.concatenate(flat, axis=-1)
+
+
+def _flat(kernel: np.ndarray) -> np.ndarray:
+    """``[heads, width of a head, out]`` → ``[width, out]``."""
+    return kernel.reshape(-1, kernel.shape[-1])
 
 
 def _parted(joined: np.ndarray, heads: int) -> tuple[np.ndarray, ...]:

@@ -24,6 +24,7 @@ class _UnknownType(ValueError):
 class _Content(NamedTuple):
     entries: dict[str, Any]  # arrays, and whatever else a file holds, in its order
     metadata: dict[str, str] | None = None
+    parts: Mapping[str, tuple[str, ...]] = {}  # of names in msgpack, whose keys hold /
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -114,7 +115,8 @@ def write_content(path: str | os.PathLike[str], content: _Content) -> None:
             with part.open("wb") as opened:
                 np.savez(opened, **entries)
         else:
-            part.write_bytes(serialization.msgpack_serialize(_nested(entries)))
+            nested = _nested(entries, content.parts)
+            part.write_bytes(serialization.msgpack_serialize(nested))
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
@@ -213,23 +215,29 @@ def _read_npz(file: pathlib.Path) -> _Content:
 
 def _read_msgpack(file: pathlib.Path) -> _Content:
     entries: dict[str, Any] = {}
+    parts: dict[str, tuple[str, ...]] = {}
 
     def visit(node: Any, path: tuple[str, ...]) -> None:
         if isinstance(node, Mapping) and (node or not path):
             for name, below in node.items():
                 visit(below, (*path, str(name)))
         else:
-            entries["/".join(path)] = node
+            name = "/".join(path)
+            if name in entries:
+                raise ValueError(f"{name!r} is the name of two of its arrays")
+            entries[name], parts[name] = node, path
 
     visit(serialization.msgpack_restore(file.read_bytes()), ())
-    return _Content(entries)
+    return _Content(entries, parts=parts)
 
 
-def _nested(entries: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(
+    entries: Mapping[str, Any], parts: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
     """Rebuild a nested dict in the order of the entries."""
     nested: dict[str, Any] = {}
     for path, entry in entries.items():
-        *parents, name = path.split("/")
+        *parents, name = parts.get(path) or path.split("/")
         node = nested
         for parent in parents:
             node = node.setdefault(parent, {})

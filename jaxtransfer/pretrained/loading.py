@@ -61,9 +61,10 @@ def load(
         FileNotFoundError, ImportError: see :func:`read`.
         TypeError: the model is a bare module.
         ValueError: the file doesn't fit (the message is the report and what to do), an
-            entry is of integers or complex numbers and its leaf is not, a rule matches
-            nothing, two leaves would be read from one entry, a leaf is both ``fresh``
-            and in ``adapt``, or ``fresh`` without ``key``.
+            entry is of integers or complex numbers and its leaf is not, a number is
+            too large for its leaf, a rule matches nothing, two leaves would be read
+            from one entry, a leaf is both ``fresh`` and in ``adapt``, or ``fresh``
+            without ``key``.
 
     Example:
         >>> import pathlib, tempfile
@@ -114,7 +115,7 @@ def load(
             value = np.asarray(adapters[place](value, leaf.shape))
         if value.shape == leaf.shape:
             _check_kind(place, looked_for, value.dtype, wanted.dtype)
-            values[place] = jnp.asarray(value, wanted.dtype)
+            values[place] = jnp.asarray(_cast(place, value, wanted.dtype))
         else:
             mismatched[place] = (value.shape, leaf.shape)
     over = [
@@ -147,23 +148,42 @@ _KINDS = {
 }
 
 
+def _kind(dtype: Any) -> str:
+    found = [name for of, name in _KINDS.items() if jnp.issubdtype(dtype, of)]
+    return found[0] if found else str(dtype)
+
+
 def _check_kind(place: str, names: Iterable[str], held: Any, wanted: Any) -> None:
     """A cast between kinds of numbers is no matter of precision.
 
     Raises:
         ValueError: the file holds another kind than the leaf.
     """
-
-    def kind(dtype: Any) -> str:
-        found = [name for of, name in _KINDS.items() if jnp.issubdtype(dtype, of)]
-        return found[0] if found else str(dtype)
-
-    if kind(held) != kind(wanted):
+    if _kind(held) != _kind(wanted):
         raise ValueError(
-            f"{place!r} is of {kind(wanted)} ({wanted}), but {list(names)} of the file "
-            f"are {kind(held)} ({held}): quantized, or of another network? What turns "
-            f"them into {wanted} goes into adapt={{{place!r}: lambda value, shape: …}}"
+            f"{place!r} is of {_kind(wanted)} ({wanted}), but {list(names)} of the "
+            f"file are {_kind(held)} ({held}): quantized, or of another network? What "
+            f"turns them into {wanted} goes into "
+            f"adapt={{{place!r}: lambda value, shape: …}}"
         )
+
+
+def _cast(place: str, value: np.ndarray, wanted: Any) -> np.ndarray:
+    """The values in another precision.
+
+    Raises:
+        ValueError: some of them are finite, and too large for it.
+    """
+    if value.dtype == wanted:
+        return value
+    with np.errstate(over="ignore"):  # said below
+        cast = value.astype(wanted)
+    if np.any(np.isfinite(value) & ~np.isfinite(cast)):
+        raise ValueError(
+            f"{place!r} has numbers up to {np.nanmax(np.abs(value)):.3g}, too large "
+            f"for {np.dtype(wanted)}; keep it in {value.dtype}"
+        )
+    return cast
 
 
 def save(
@@ -182,14 +202,16 @@ def save(
         like: the file that the weights were loaded from: the new one gets its names,
             their order (sorted in msgpack), their types, its metadata, and the entries
             that are none of the network's leaves. Weights that did not change are
-            bit-identical in it.
+            bit-identical in it; those that ``adapt`` made are written as they are.
 
     Raises:
         FileNotFoundError: there is no such folder, or no file ``like``.
         ImportError: a safetensors file, without the package.
         TypeError: the variables are no :class:`~jaxtransfer.typing.Variables`.
         ValueError: another ending, two leaves of one name, leaves that are not in the
-            file ``like``, or numbers that ``.npz`` can't hold, such as bfloat16.
+            file ``like``, of another kind of numbers there (integers, if it was
+            quantized) or too large for its types, or numbers that ``.npz`` can't hold,
+            such as bfloat16.
 
     Example:
         >>> import pathlib, tempfile
@@ -225,10 +247,16 @@ def save(
             f"more); nearest: {tree.nearest(strange[0], content.entries)}. Give the "
             "names= that it was loaded with, or leave like= out"
         )
-    entries = {
-        name: arrays[name].astype(entry.dtype) if name in arrays else entry
-        for name, entry in content.entries.items()
-    }
+    entries = dict(content.entries)
+    for name, value in arrays.items():
+        held = entries[name].dtype
+        if _kind(held) != _kind(value.dtype):
+            raise ValueError(
+                f"like: {name!r} is of {_kind(held)} ({held}) in {os.fspath(like)!r}, "
+                f"and of {_kind(value.dtype)} ({value.dtype}) here; leave like= out, "
+                "which writes the weights as they are"
+            )
+        entries[name] = _cast(name, value, held)
     files.write_content(path, content._replace(entries=entries))
 
 
@@ -246,6 +274,8 @@ def leaves_of(variables: Variables) -> dict[str, tuple[Leaf, Any]]:
     leaves: dict[str, tuple[Leaf, Any]] = {}
 
     def add(collection: str, part: str, values: Any) -> None:
+        if not isinstance(values, Mapping):  # a counter of the whole network
+            values = {collection: values}
         for path, value in tree.flatten({part: values} if part else values).items():
             if path in leaves:
                 raise ValueError(

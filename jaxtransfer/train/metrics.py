@@ -9,6 +9,9 @@ from jax.typing import ArrayLike
 
 from jaxtransfer.typing import Batch, Mean, Metrics, Predict
 
+ABSENT = -1e9
+"""Logit of a class that a task does not have."""
+
 
 def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
     """Summarise per-example values as (sum, count).
@@ -55,6 +58,33 @@ def cover(where: ArrayLike, values: ArrayLike) -> jax.Array:
     if where.dtype != bool:
         raise ValueError(f"where: must be boolean, got {where.dtype}; use `where > 0`")
     return where.reshape(where.shape + (1,) * max(jnp.ndim(values) - where.ndim, 0))
+
+
+def counted(outputs: Any, batch: Batch) -> tuple[Any, jax.Array]:
+    """Outputs and labels of a batch as losses and accuracies take them.
+
+    Args:
+        outputs: ``[batch, ..., classes]``.
+        batch: ``"labels" [batch, ...]``; ``"where"``, for rows that count, whose labels
+            may be anything elsewhere and become 0; ``"classes" [classes]`` or ``[batch,
+            classes]``, where the logits of the others become ``ABSENT``.
+
+    Raises:
+        ValueError: ``"classes"`` is not one for each output, or ``"where"`` is not
+            boolean.
+    """
+    labels, where = jnp.asarray(batch["labels"]), batch.get("where")
+    if where is not None:
+        labels = jnp.where(cover(where, labels), labels, 0)
+    if "classes" in batch:
+        present = jnp.asarray(batch["classes"])
+        if present.shape[-1:] != outputs.shape[-1:]:
+            raise ValueError(
+                f"classes: got shape {present.shape} for outputs {outputs.shape}; give "
+                "[classes], or [batch, classes] where a batch is divided among devices"
+            )
+        outputs = jnp.where(present, outputs, ABSENT)
+    return outputs, labels
 
 
 def value(pair: Mean) -> jax.Array:
@@ -112,13 +142,13 @@ def classification(predict: Predict) -> Callable[..., Metrics]:
     Returns:
         ``(params, frozen, model_state, batch) -> {"accuracy", "cross_entropy"}`` for
         :func:`~jaxtransfer.train.eval_step`. Rows where ``batch["where"]`` is false
-        don't count.
+        don't count, nor do classes that ``batch["classes"]`` lacks, as in training.
     """
     from jaxtransfer import losses
 
     def metrics(params: Any, frozen: Any, model_state: Any, batch: Batch) -> Metrics:
-        logits = predict(params, frozen, model_state, batch["inputs"])
-        labels, where = batch["labels"], batch.get("where")
+        outputs = predict(params, frozen, model_state, batch["inputs"])
+        (logits, labels), where = counted(outputs, batch), batch.get("where")
         return {
             "accuracy": mean(losses.accuracy(logits, labels), where=where),
             "cross_entropy": mean(losses.cross_entropy(logits, labels), where=where),

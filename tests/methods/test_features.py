@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from jaxtransfer.methods import features, finetune
+from jaxtransfer.model import from_linen
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import Variables
 from tests import digits
@@ -44,6 +46,31 @@ def test_features_of_a_whole_set_in_batches_of_any_size(source, batch_size):
     )
     assert parts.shape == whole.shape
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+class _Pair(nn.Module):
+    """A layer of two inputs and two outputs."""
+
+    @nn.compact
+    def __call__(self, one, other):
+        return _Both(name="both")(one, other)[0]
+
+
+class _Both(nn.Module):
+    @nn.compact
+    def __call__(self, one, other):
+        return nn.Dense(2)(one), other
+
+
+def test_layers_of_several_inputs_and_outputs():
+    model, inputs = from_linen(_Pair()), (jnp.ones((5, 3)), jnp.arange(5.0))
+    given = model.init(KEY, inputs)
+    one, other = features.extract_all(model, given, inputs, tap="both", batch_size=2)
+    assert one.shape == (5, 2)
+    np.testing.assert_array_equal(other, inputs[1])
+    uneven = (inputs[0], inputs[1][:4])
+    with pytest.raises(ValueError, match=r"inputs: arrays of \[4, 5\] examples"):
+        features.extract_all(model, given, uneven, tap="both")
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
@@ -148,6 +175,11 @@ def test_the_probe_says_that_maps_are_to_be_pooled(types_unchecked):
     maps = np.ones((7, 2, 2, 3), np.float32)
     with pytest.raises(ValueError, match=r"\(7, 2, 2, 3\), needs \[batch, dim\]; pool"):
         features.logistic_regression(maps, LABELS, classes=3)
+
+
+def test_the_probe_wants_a_label_a_row(types_unchecked):
+    with pytest.raises(ValueError, match=r"labels: got shape \(5,\) for .* 7 rows"):
+        features.logistic_regression(jnp.ones((7, 2)), jnp.zeros(5, int), classes=2)
 
 
 def test_the_probe_may_be_vmapped_over_its_penalty():

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from jaxtransfer import losses, tree
 from jaxtransfer.methods import finetune
+from jaxtransfer.model import from_linen
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import Variables
 from tests import digits
@@ -95,6 +97,24 @@ def test_another_loss_and_targets_that_are_no_classes(net):
     assert set(measured) == {"task_loss"}
 
 
+@pytest.mark.parametrize(
+    "labels", [jnp.ones((5, 3), int), jnp.arange(30, 35)], ids=["several", "numbers"]
+)
+def test_integers_that_are_no_classes_have_no_accuracy(labels):
+    """Several labels an example, and numbers that one output tells."""
+    outputs = labels.shape[1] if labels.ndim == 2 else 1
+    model = network("linen", outputs=outputs)
+    start = jitted(model).init(KEY, BATCH["inputs"])
+
+    def loss(outputs, labels):
+        return jnp.sum((outputs - labels.reshape(outputs.shape)) ** 2, axis=-1)
+
+    task = finetune.objective(model, loss=loss)
+    batch = {**BATCH, "labels": labels}
+    _, (_, measured) = task(start.params, {}, {}, batch, KEY)
+    assert set(measured) == {"task_loss"}
+
+
 def test_held_layers_give_the_same_output_and_gradient(net):
     model, start = net
     trained, frozen = finetune.split(start, "head")
@@ -138,6 +158,31 @@ def test_held_layers_drop_nothing_and_keep_their_statistics(kind):
     (one, (state, _)), (other, _) = run(".*", train=False)
     assert float(one) == float(other)
     assert same(state, start.model_state)
+
+
+class _Plain(nn.Module):
+    """A normalisation without parameters between two layers."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Dense(4, name="stem")(x))
+        bare = {"use_scale": False, "use_bias": False}
+        x = nn.BatchNorm(not train, momentum=0.5, **bare, name="norm")(x)
+        return nn.Dense(3, name="head")(x)
+
+
+@pytest.mark.parametrize(("rules", "held"), [("head", True), (["head", "norm"], False)])
+def test_statistics_without_parameters_are_held_unless_a_rule_says_so(rules, held):
+    model = from_linen(_Plain())
+    start = model.init(KEY, BATCH["inputs"])
+    trained, frozen = finetune.split(start, rules)
+    assert sorted(trained.params) == ["head"]
+    task = finetune.objective(model)
+    run = jax.jit(lambda frozen: task(trained.params, frozen, start[1], BATCH, KEY))
+    _, (state, _) = run(frozen)
+    assert same(state, start.model_state) is held
+    whole = tree.combine(trained.params, frozen["params"])
+    assert same(whole, start.params)
 
 
 @pytest.mark.parametrize("kind", KINDS)

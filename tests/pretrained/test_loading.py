@@ -523,3 +523,72 @@ def test_without_the_package_the_error_says_what_to_install(file, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "safetensors.numpy", None)
     with pytest.raises(ImportError, match="pip install safetensors"):
         pretrained.read(file)
+
+
+# --- numbers that a type can't hold ---------------------------------------------------
+
+
+def dense(tmp_path, kernel, name="dense.safetensors"):
+    file = tmp_path / name
+    save_file({"weight": kernel.T.copy(), "bias": np.zeros(3, kernel.dtype)}, file)
+    return file
+
+
+def test_weights_made_of_integers_are_not_saved_as_integers(tmp_path):
+    file = dense(tmp_path, np.array([[-7, 49, -46], [17, -48, 39]], np.int8))
+    model, again = from_linen(nn.Dense(3)), tmp_path / "again.safetensors"
+    scale = {"kernel|bias": lambda value, shape: value.astype(np.float32) / 100}
+    variables, _ = pretrained.load(file, model, jnp.ones((1, 2)), adapt=scale)
+    with pytest.raises(ValueError, match="of integers .int8. in .* leave like= out"):
+        pretrained.save(again, variables, like=file)
+    assert not again.exists()
+
+
+def test_numbers_too_large_for_their_type_are_refused_both_ways(tmp_path):
+    file = dense(tmp_path, np.ones((2, 3), np.float16))
+    model, again = from_linen(nn.Dense(3)), tmp_path / "again.safetensors"
+    variables, _ = pretrained.load(file, model, jnp.ones((1, 2)))
+    grown = jax.tree.map(lambda leaf: 1e5 * leaf, variables)
+    with pytest.raises(ValueError, match="'weight' has numbers up to 1e.05, too large"):
+        pretrained.save(again, grown, like=file)
+    infinite = jax.tree.map(lambda leaf: jnp.inf * (leaf + 1), variables)
+    pretrained.save(again, infinite, like=file)  # nothing is lost
+    large = dense(tmp_path, np.full((2, 3), 1e6, np.float32), "large.safetensors")
+    half = from_linen(nn.Dense(3, param_dtype=jnp.float16))
+    with pytest.raises(ValueError, match="'kernel' has numbers .* large for float16"):
+        pretrained.load(large, half, jnp.ones((1, 2)))
+
+
+# --- more of msgpack ------------------------------------------------------------------
+
+
+def test_keys_with_a_slash_are_written_as_they_were(tmp_path):
+    file, again = tmp_path / "haiku.msgpack", tmp_path / "again.msgpack"
+    nested = {"mlp/~/linear_0": {"w": np.ones((2, 3), np.float32), "b": np.zeros(3)}}
+    file.write_bytes(serialization.msgpack_serialize(nested))
+
+    def names(leaf):
+        last = {"kernel": "w", "bias": "b"}[leaf.path]
+        name = (f"mlp/~/linear_0/{last}",)
+        return pretrained.Entry(name, lambda array: array, lambda leaf: (leaf,))
+
+    model = from_linen(nn.Dense(3))
+    variables, _ = pretrained.load(file, model, jnp.ones((1, 2)), names=names)
+    pretrained.save(again, variables, names=names, like=file)
+    found = serialization.msgpack_restore(again.read_bytes())
+    assert tree.fingerprint(found) == tree.fingerprint(nested)
+
+
+def test_two_arrays_of_one_name_are_an_error(tmp_path):
+    file = tmp_path / "two.msgpack"
+    nested = {"a": {"b/c": np.ones(2)}, "a/b": {"c": np.zeros(2)}}
+    file.write_bytes(serialization.msgpack_serialize(nested))
+    with pytest.raises(ValueError, match="'a/b/c' is the name of two of its arrays"):
+        pretrained.read(file)
+
+
+def test_a_counter_of_the_whole_network_has_its_name(tmp_path):
+    variables = Variables({"kernel": jnp.ones(2)}, {"updates": jnp.array(3)})
+    file = tmp_path / "counted.npz"
+    pretrained.save(file, variables)
+    assert sorted(pretrained.read(file)) == ["params/kernel", "updates/updates"]

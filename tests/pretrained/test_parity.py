@@ -142,3 +142,5 @@ def test_attention_of_jax_files_is_that_of_flax(tmp_path):
     assert error(features["blocks_0/attn"], np.asarray(expected)) <= TOLERANCE
     back, _ = pretrained.load(file, model, images, names=names)
     jax.tree.map(np.testing.assert_array_equal, back, source)
+    with pytest.raises(ValueError, match="heads: got 2, .* give jax_vit.heads=3"):
+        pretrained.load(file, model, images, names=pretrained.jax_vit(heads=2))

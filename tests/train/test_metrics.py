@@ -87,3 +87,15 @@ def test_classification_counts_rows_that_count():
     np.testing.assert_allclose(
         final["cross_entropy"], (2 * right + wrong) / 3, rtol=1e-5
     )
+    batch["labels"] = jnp.array([0, 1, 0, -1])  # as padding often has it
+    assert metrics.finalize(measure(1.0, {}, {}, batch)) == final
+
+
+def test_classes_that_a_task_lacks_are_not_predicted():
+    measure = metrics.classification(lambda *given: given[-1])
+    batch = {
+        "inputs": jnp.array([[1.0, 0.0, 3.0], [0.0, 1.0, 3.0]]),
+        "labels": jnp.array([0, 1]),
+        "classes": jnp.array([True, True, False]),
+    }
+    assert metrics.finalize(measure({}, {}, {}, batch))["accuracy"] == 1.0

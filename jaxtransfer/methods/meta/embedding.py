@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from jaxtransfer import losses, tree
 from jaxtransfer.losses.directions import unit
-from jaxtransfer.methods._supervised import ABSENT, Loss, task_loss
+from jaxtransfer.methods._supervised import Loss, task_loss
 from jaxtransfer.methods.meta.learner import (
     Adapted,
     Learner,
@@ -20,6 +20,7 @@ from jaxtransfer.methods.meta.learner import (
     check_support,
 )
 from jaxtransfer.ops.products import product
+from jaxtransfer.train.metrics import ABSENT
 from jaxtransfer.typing import (
     Batch,
     Frozen,

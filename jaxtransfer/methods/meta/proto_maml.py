@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import tree
-from jaxtransfer.methods._supervised import ABSENT
 from jaxtransfer.methods.meta.descent import Optimizer, maml
 from jaxtransfer.methods.meta.embedding import (
     class_means,
@@ -23,6 +22,7 @@ from jaxtransfer.methods.meta.learner import (
     check_support,
     task,
 )
+from jaxtransfer.train.metrics import ABSENT
 from jaxtransfer.typing import Batch, Frozen, Model, ModelState, Params
 
 
