@@ -87,16 +87,28 @@ def peak_memory() -> float:
     return largest * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def report(question: str, seconds: Mapping[str, float], **facts: Any) -> None:
+def parser_of(about: str | None) -> argparse.ArgumentParser:
+    """A parser of what every benchmark takes, to be asked before anything is measured.
+
+    Args:
+        about: docstring of the benchmark, of which the first line is shown.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    return parser
+
+
+def report(
+    question: str, seconds: Mapping[str, float], *, json_file: Path | None, **facts: Any
+) -> None:
     """Print medians and their ratios to the first, and write JSON if asked to.
 
     Args:
         question: what is asked, one line.
         seconds: medians by candidate; the first is the reference.
+        json_file: where to.
         **facts: whatever else was measured or fixed.
     """
-    parser = argparse.ArgumentParser(description=question)
-    parser.add_argument("--json", type=Path, help="write the record to this file")
     reference = next(iter(seconds))
     record = {
         "question": question,
@@ -115,6 +127,5 @@ def report(question: str, seconds: Mapping[str, float], **facts: Any) -> None:
         print(f"  {name:<32} {value:9.4f} s   {seconds[reference] / value:6.2f} x")
     for name, value in facts.items():
         print(f"  {name}: {value}")
-    path = parser.parse_args().json
-    if path is not None:
-        path.write_text(json.dumps(record, indent=2) + "\n")
+    if json_file is not None:
+        json_file.write_text(json.dumps(record, indent=2) + "\n")

@@ -19,7 +19,6 @@ trained in turn.
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,7 +31,7 @@ import optax
 import torch
 
 from benchmarks import pytorch
-from benchmarks.common import interleave, report, shards
+from benchmarks.common import interleave, parser_of, report, shards
 from benchmarks.peers import distill as peers
 from jaxtransfer import data, nets, parallel, pretrained, train, tree
 from jaxtransfer.methods import distill
@@ -345,6 +344,11 @@ def real_images(options: argparse.Namespace) -> tuple[Any, Any]:
     inputs = (arrays["inputs"] - np.asarray(MEAN, np.float32)) / np.asarray(
         STD, np.float32
     )
+    if options.images + options.held_out > len(inputs):
+        raise SystemExit(
+            f"--images {options.images} and --held-out {options.held_out}: "
+            f"there are {len(inputs)} images in all"
+        )
     order = np.random.default_rng(0).permutation(len(inputs))
     some, rest = np.split(order[: options.images + options.held_out], [options.images])
     train_part, held_out = (
@@ -473,7 +477,7 @@ def time_to_accuracy(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="*", help="teachers whose names hold one")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--accuracy", action="store_true", help="the real task too")
@@ -485,7 +489,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=65.0, help="in %%")
     parser.add_argument("--fresh", action="store_true", help="memory is not kept")
     pytorch.add_precision(parser, "tf32")
-    options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
+    options = parser.parse_args()
     words = [""] if options.only is None else options.only
     pairs = {n: p for n, p in PAIRS.items() if any(word in n for word in words)}
     if not pairs and not options.accuracy:
@@ -526,6 +530,7 @@ def main() -> None:
         precision=precision,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
+        json_file=options.json,
     )
 
 

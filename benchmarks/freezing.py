@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.common import interleave, report
+from benchmarks.common import interleave, parser_of, report
 from jaxtransfer import model, nets, parallel, train, tree
 from jaxtransfer.methods import finetune
 
@@ -18,6 +18,7 @@ BATCH = 64
 
 def main() -> None:
     """Measure and report."""
+    options = parser_of(__doc__).parse_args()
     net = model.from_linen(nets.ResNet(10, depth=20))
     images = jax.random.normal(jax.random.key(0), (BATCH, 32, 32, 3))
     batch = {"inputs": images, "labels": jnp.arange(BATCH) % 10}
@@ -51,6 +52,7 @@ def main() -> None:
         interleave(runs, rounds=15),
         flops_relative_to_full={n: f / flops["full"] for n, f in flops.items()},
         memory_relative_to_full={n: m / memory["full"] for n, m in memory.items()},
+        json_file=options.json,
     )
 
 

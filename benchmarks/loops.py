@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.common import interleave, report
+from benchmarks.common import interleave, parser_of, report
 from jaxtransfer import data, model, nets, parallel, prng, train
 from jaxtransfer.methods import finetune
 
@@ -17,6 +17,7 @@ STEPS, BATCH = 300, 64
 
 def main() -> None:
     """Measure and report."""
+    options = parser_of(__doc__).parse_args()
     arrays = jax.tree.map(jnp.asarray, data.as_arrays(data.load("digits", "train")))
     net = model.from_linen(nets.MLP(10, widths=(64, 64)))
     optimizer = optax.adam(1e-3)
@@ -62,6 +63,7 @@ def main() -> None:
         f"{STEPS} updates of an MLP 64-64 on digits, batch {BATCH}",
         interleave(results, rounds=9),
         largest_difference_of_parameters=apart,
+        json_file=options.json,
     )
 
 

@@ -12,7 +12,6 @@ that is stopped leaves what it has; a row that fails, for want of memory perhaps
 named at the end, and the others are measured.
 """
 
-import argparse
 import concurrent.futures
 import importlib
 import itertools
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers, pytorch
-from benchmarks.common import interleave
+from benchmarks.common import interleave, parser_of
 from jaxtransfer import parallel
 
 
@@ -147,13 +146,12 @@ def table(record: dict[str, dict]) -> str:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="*", help="rows whose names hold one of these")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="memory is not kept")
     pytorch.add_precision(parser, "float32")
-    parser.add_argument("--json", type=Path, help="write the record to this file")
     parser.add_argument("--table", type=Path, help="write the table to this file")
     options = parser.parse_args()
     kept = not options.fresh and parallel.keep_host_memory()
@@ -163,6 +161,8 @@ def main() -> None:
         for name, row in rows().items()
         if not options.only or any(word in name for word in options.only)
     }
+    if not chosen:
+        parser.error(f"--only: no row of that name; there are {sorted(rows())}")
     facts = {
         "jax": jax.__version__,
         "torch": torch.__version__,

@@ -18,10 +18,8 @@ A setting's products, as `lax.conv` for one task after the other does them, over
 of the largest matrix product that fits, say how far from the limit a form is.
 """
 
-import argparse
 import functools
 import importlib.util
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +37,7 @@ from benchmarks import pytorch
 from benchmarks.common import (
     in_fresh_process,
     interleave,
+    parser_of,
     peak_memory,
     report,
     shards,
@@ -325,7 +324,7 @@ def measure(
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -341,8 +340,10 @@ def main() -> None:
         help="other choices than the defaults too",
     )
     pytorch.add_precision(parser, "tf32")
-    options, sys.argv[1:] = parser.parse_known_args()  # `report` reads the others
+    options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", shards(16))
+    if not any(word in name for word in options.only for name in SETTINGS):
+        parser.error(f"--only: no setting of that name; there are {list(SETTINGS)}")
     precision = pytorch.set_precision(options.precision)
     tolerance = TOLERANCE[precision]
     seconds, facts = {}, {}
@@ -369,6 +370,7 @@ def main() -> None:
         rounds=options.rounds,
         precision=precision,
         torch=torch.__version__,
+        json_file=options.json,
     )
 
 

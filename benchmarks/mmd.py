@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import in_fresh_process, interleave, peak_memory, report
+from benchmarks.common import (
+    in_fresh_process,
+    interleave,
+    parser_of,
+    peak_memory,
+    report,
+)
 from jaxtransfer import losses
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -170,6 +176,7 @@ def fastest(run, *arguments) -> float:
 
 def main() -> None:
     """Measure and report."""
+    options = parser_of(__doc__).parse_args()
     if HAS_TORCH:
         from benchmarks import pytorch
 
@@ -206,6 +213,7 @@ def main() -> None:
         fraction_of_the_limit=best,
         relative_error_in_float32=errors,
         torch=importlib.metadata.version("torch") if HAS_TORCH else None,
+        json_file=options.json,
     )
 
 

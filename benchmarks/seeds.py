@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.common import interleave, report
+from benchmarks.common import interleave, parser_of, report
 from jaxtransfer import data, model, nets, train
 from jaxtransfer.methods import finetune
 
@@ -17,6 +17,7 @@ SEEDS, STEPS, BATCH = 8, 300, 64
 
 def main() -> None:
     """Measure and report."""
+    options = parser_of(__doc__).parse_args()
     arrays = jax.tree.map(jnp.asarray, data.as_arrays(data.load("digits", "train")))
     net = model.from_linen(nets.MLP(10, widths=(64, 64)))
     optimizer = optax.adam(1e-3)
@@ -39,6 +40,7 @@ def main() -> None:
             },
             rounds=9,
         ),
+        json_file=options.json,
     )
 
 

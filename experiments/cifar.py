@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common import StudyConfig
+from experiments.common import StudyConfig, check_finite
 from jaxtransfer import data, nets, pretrained, prng
 from jaxtransfer.model import from_linen
 from jaxtransfer.typing import Model, Variables
@@ -95,8 +95,8 @@ def weights_file(config: CifarConfig) -> Path:
     folders = (config.data_dir or os.environ.get("JAXTRANSFER_DATA_DIR", "")).split(
         os.pathsep
     )
-    places = [Path(config.weights)]
-    places += [Path(f, "weights", config.weights) for f in folders if f]
+    places = [Path(config.weights).expanduser()]
+    places += [Path(f, "weights", config.weights).expanduser() for f in folders if f]
     for place in places:
         if place.is_file():
             return place
@@ -142,13 +142,15 @@ def look(
     return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
 
-def subset(labels: jax.Array, count: int, seed: int) -> np.ndarray:
-    """Numbers of as many images of each class, drawn from the seed.
+def subset(labels: jax.Array, count: int, seed: int, root: int = 0) -> np.ndarray:
+    """Numbers of as many images of each class, drawn from the seed and a root.
 
     Raises:
         ValueError: a class has fewer.
     """
-    generator = np.random.default_rng((seed, count))
+    generator = np.random.default_rng(
+        (seed, count, root)
+    )  # a root of 0 changes nothing
     labels = np.asarray(labels)
     classes = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
     fewest = min(map(len, classes))
@@ -206,16 +208,3 @@ def follow(row: str, state: Any, update: Callable[..., Any], given: Any, updates
         state, measured = update(state, given)
     check_finite(row, measured["loss"].total, updates)
     return state
-
-
-def check_finite(row: str, losses: jax.Array, updates: int) -> None:
-    """Stop a study whose student diverged.
-
-    Raises:
-        FloatingPointError: a loss is not finite.
-    """
-    if not np.isfinite(losses).all():
-        raise FloatingPointError(
-            f"{row}: the loss is not finite after {updates} updates; take a smaller "
-            "--learning-rate"
-        )

@@ -80,29 +80,44 @@ def command_line(
 
 _POSITIVE = frozenset(
     """batch beams block class cohort depth drawings every filters images queries rate
-    rates report seeds shots size steps tasks temperature tokens updates views
+    rates report seeds shots size steps tasks temperature tokens updates
     vocabulary width widths workers""".split()
 )
 """Last words of the names of options that are greater than 0 in every study."""
 
 
-def check_options(config: StudyConfig) -> None:
-    """Refuse counts, sizes, rates and temperatures that are not positive.
+_PARTS = frozenset("also labels per_class test_shots".split())
+"""Names of options that list what has rows of its own, as all lists of names do."""
+
+
+def check_options(config: Any, *, within: str = "") -> None:
+    """Refuse what can be told from the options alone.
 
     Raises:
-        ValueError: one is below 1, or for a rate not above 0 and finite.
+        ValueError: a count or size is below 1, a rate or temperature not above 0 and
+            finite, a number not a number, a part listed twice, or the seed not one of
+            32 bits.
     """
     for field in dataclasses.fields(config):
-        if field.name.split("_")[-1] not in _POSITIVE:
+        name, given = within + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(given):
+            check_options(given, within=f"{name}.")
             continue
-        given = getattr(config, field.name)
-        for value in given if isinstance(given, tuple) else (given,):
+        values = given if isinstance(given, tuple) else (given,)
+        for number, value in enumerate(values):
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{name}: must be a number, got {value}")
+            part = isinstance(value, str) or field.name in _PARTS
+            if part and value in values[:number]:
+                raise ValueError(f"{name}: {value!r} is there twice; give each once")
+            if field.name.split("_")[-1] not in _POSITIVE:
+                continue
             if isinstance(value, int) and value < 1:
-                raise ValueError(f"{field.name}: {value} must be 1 or more")
+                raise ValueError(f"{name}: {value} must be 1 or more")
             if isinstance(value, float) and not 0 < value < math.inf:
-                raise ValueError(
-                    f"{field.name}: {value} must be greater than 0 and finite"
-                )
+                raise ValueError(f"{name}: {value} must be greater than 0 and finite")
+    if isinstance(config, StudyConfig) and not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed: 0 to {2**32 - 1}, got {config.seed}")
 
 
 def start_run(name: str, config: StudyConfig) -> Path:
@@ -164,19 +179,18 @@ def kept(
 
     Raises:
         FileNotFoundError: a folder is not that of a run.
-        ValueError: it had other options, or a line is damaged.
+        ValueError: it had other options, or a file is damaged.
     """
     own = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     free = {"run_dir", "data_dir", "earlier", *free}
     lines = []
     for folder in folders:
-        for name in ("config.json", file):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"earlier: {folder} has no {name}; give the folder of a run of "
-                    "this study, RUN_DIR/STUDY/TIME"
-                )
-        before = json.loads((folder / "config.json").read_text())["config"]
+        before = options_of(folder)
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"earlier: {folder} has no {file}; give the folder of a run of this "
+                "study, RUN_DIR/STUDY/TIME"
+            )
         for name in sorted(own.keys() & before.keys() - free):
             if own[name] != before[name]:
                 raise ValueError(
@@ -187,13 +201,37 @@ def kept(
     return lines
 
 
+def options_of(folder: Path) -> dict[str, Any]:
+    """The options of an earlier run.
+
+    Raises:
+        FileNotFoundError: the folder is not that of a run.
+        ValueError: what it says of itself is damaged.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"earlier: {folder} has no config.json; give the folder of a run of this "
+            "study, RUN_DIR/STUDY/TIME"
+        )
+    try:
+        return dict(json.loads(file.read_text())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"earlier: {file} is damaged ({error!r}); leave the folder out"
+        ) from error
+
+
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of :func:`keep`, without a last one that a kill cut off."""
     lines = path.read_bytes().split(b"\n")  # not splitlines: a value may hold U+2028
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError("no object")
+            found.append(value)
         except ValueError as error:
             if number == len(lines):  # it lacks its end, or is what follows the end
                 break
@@ -202,6 +240,19 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
                 "line to train that again, or leave the folder out"
             ) from error
     return found
+
+
+def check_finite(row: str, losses: Any, updates: int) -> None:
+    """Stop a study whose network diverged.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(
+            f"{row}: the loss is not finite after {updates} updates; take a smaller "
+            "--learning-rate, or weights and temperatures nearer to their defaults"
+        )
 
 
 def _commit() -> str | None:

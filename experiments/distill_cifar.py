@@ -21,7 +21,6 @@ from experiments.cifar import (
     CifarConfig,
     Images,
     accuracy,
-    check_finite,
     follow,
     look,
     make_optimizer,
@@ -33,6 +32,7 @@ from experiments.cifar import (
 )
 from experiments.common import (
     Row,
+    check_finite,
     command_line,
     keep,
     kept,
@@ -273,7 +273,13 @@ def main(config: Config) -> dict[str, Any]:
         raise ValueError(f"scored_on: 'test' or 'valid', got {config.scored_on!r}")
     free = ("rows", "seeds", "per_class", "side_by_side")
     lines = kept(config.earlier, "values.jsonl", config, free=free)
-    before = {(x["images"], x["seed"], x["row"]): x["value"] for x in lines}
+    try:
+        before = {(x["images"], x["seed"], x["row"]): x["value"] for x in lines}
+    except KeyError as error:
+        raise ValueError(
+            f"earlier: a line of a values.jsonl has no {error}; give folders of runs "
+            "of this study"
+        ) from error
     teacher = resnet(config, config.teacher_depth)
     teacher_variables = read_teacher(config, teacher)
     folder = start_run("distill_cifar", config)
@@ -313,7 +319,7 @@ def main(config: Config) -> dict[str, Any]:
                 missing = [name for name in names if None in already[name]]
                 taps = looked_at(config, missing)
                 for seed in group if missing else ():
-                    chosen = subset(train.labels, count, seed)
+                    chosen = subset(train.labels, count, seed, config.seed)
                     images = Images(train.inputs[chosen], train.labels[chosen])
                     taught = look(teacher, teacher_variables, images.inputs, taps)
                     lessons.append(Lesson(images, taught, teacher_variables))

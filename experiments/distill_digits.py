@@ -21,7 +21,15 @@ import numpy as np
 import optax
 
 from experiments.adapt_digits import images, load_domain
-from experiments.common import Row, StudyConfig, command_line, progress, show, start_run
+from experiments.common import (
+    Row,
+    StudyConfig,
+    check_finite,
+    command_line,
+    progress,
+    show,
+    start_run,
+)
 from jaxtransfer import nets, prng
 from jaxtransfer.methods import adapt, distill
 from jaxtransfer.model import from_linen
@@ -213,7 +221,8 @@ def train_teacher(config: Config, source: Any, target: Any) -> tuple[Variables, 
 def labelled_rows(labels: np.ndarray, count: int, seed: int, config: Config) -> Any:
     """Rows of the labelled images, as many of each class, repeated to all rows.
 
-    The repetition leaves uniform draws as they are and gives every count one shape.
+    The repetition gives every count one shape, and leaves uniform draws as they are
+    where the count divides the number of rows (elsewhere some come once more).
     """
     if not count:
         return np.arange(len(labels))
@@ -228,6 +237,8 @@ def labelled_rows(labels: np.ndarray, count: int, seed: int, config: Config) -> 
 
 def make_student_run(method: str, config: Config) -> Callable:
     """All seeds of a student, compiled: ``(keys, rows, train, teacher, test) -> …``.
+
+    Gives right predictions and the last loss.
 
     Seeds are vmapped: the student is dense, and the teacher's parameters are shared.
     """
@@ -279,17 +290,21 @@ def make_student_run(method: str, config: Config) -> Callable:
         example = jnp.zeros((1, config.size, config.size, 1))
         start = distill.init(student.init(prng.stream(key, "model"), example))
         state = init_state(key, start, optimizer, frozen={"teacher": teacher_variables})
-        state, _ = scan_fit(step, state, sample, steps=config.steps)
+        state, history = scan_fit(step, state, sample, steps=config.steps)
         logits = predict(
             state.params, state.frozen, state.model_state, images(test["inputs"], 1)
         )
-        return jnp.sum(jnp.argmax(logits, axis=-1) == test["labels"])
+        correct = jnp.sum(jnp.argmax(logits, axis=-1) == test["labels"])
+        return correct, history.train["loss"][-1]
 
     return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None, None)))
 
 
 def make_cross_run(method: str, config: Config) -> Callable:
-    """One cross-domain student: ``(key, source, target, teacher, test) -> correct``."""
+    """One cross-domain student: ``(key, source, target, teacher, test) -> …``.
+
+    Gives right predictions and the last loss.
+    """
     distillation, alignment = CROSS[method]
     student = lenet(config.student_filters, config.student_width, config)
     teacher = make_teacher(config)
@@ -320,10 +335,11 @@ def make_cross_run(method: str, config: Config) -> Callable:
             }
 
         state = init_state(key, start, optimizer, frozen={"teacher": taught_by})
-        state, _ = scan_fit(step, state, sample, steps=config.cross_steps)
-        return count_correct(
+        state, history = scan_fit(step, state, sample, steps=config.cross_steps)
+        correct = count_correct(
             lambda x: predict(state.params, state.frozen, state.model_state, x), test
         )
+        return correct, history.train["loss"][-1]
 
     def run(key: jax.Array, source: Any, target: Any, taught_by: Any, test: Any) -> Any:
         start = make_cross_start(config)(key)
@@ -381,9 +397,10 @@ def main(config: Config) -> dict[str, Any]:
             task = f"{name}, {count or 'all'} labels"
             for method in STUDENTS:
                 display.update(bar, description=f"{task}, {method}")
-                correct = runs[method](
+                correct, losses = runs[method](
                     keys, chosen, source["train"], teacher, source["test"]
                 )
+                check_finite(f"{task}, {method}", losses, config.steps)
                 values = 100 * np.asarray(correct) / len(source["test"]["labels"])
                 baseline = None if method == CE else CE
                 rows.append(Row(task, method, values.tolist(), baseline))
@@ -396,9 +413,10 @@ def main(config: Config) -> dict[str, Any]:
             values = []
             for seed in range(config.seeds):
                 display.update(bar, description=f"{task}, {method}, seed {seed}")
-                correct = run(
+                correct, loss = run(
                     keys[seed], source["train"], unlabelled, teacher, target["test"]
                 )
+                check_finite(f"{task}, {method}", loss, config.cross_steps)
                 values.append(100 * int(correct) / len(target["test"]["labels"]))
                 display.advance(bar)
             baseline = None if method == SOURCE_ONLY else SOURCE_ONLY

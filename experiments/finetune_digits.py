@@ -9,8 +9,9 @@ its own labels; the test is USPS's own (2,007 images), after the last update.
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import flax.linen as nn
 import jax
@@ -104,13 +105,25 @@ def few(images: Batch, a_class: int, size: int, seed: tuple[int, int]) -> Batch:
 
     One size for every number of labels, so that a method is compiled once. The draws
     of a seed are nested.
+
+    Raises:
+        ValueError: fewer than one, or more than a class has.
     """
+    fewest = int(np.bincount(images["labels"], minlength=10).min())
+    if not 1 <= a_class <= fewest:
+        raise ValueError(f"labels: 1 to {fewest} of a class, got {a_class}")
     random = np.random.default_rng(seed)
     orders = [
         random.permutation(np.flatnonzero(images["labels"] == c)) for c in range(10)
     ]
     rows = np.resize(np.concatenate([order[:a_class] for order in orders]), size)
     return {name: array[rows] for name, array in images.items()}
+
+
+def common_size(labels: Sequence[int], least: int) -> int:
+    """A number of rows that every number of labels a class divides evenly."""
+    every = 10 * math.lcm(*labels)
+    return every * math.ceil(least / every)
 
 
 def learn(
@@ -184,7 +197,7 @@ def study(
         test_features = extract(test["inputs"])
         for labels in config.labels:
             task = f"{labels} labels a class"
-            size = max(10 * max(config.labels), config.batch_size)
+            size = common_size(config.labels, config.batch_size)
             images = few(target, labels, size, (config.seed, seed))
             for method, rules in METHODS.items():
                 start = fresh["target"] if method == SCRATCH else trained
@@ -204,6 +217,8 @@ def main(config: Config) -> list[Row]:
     started = time.perf_counter()
     folder = start_run("finetune_digits", config)
     domains = read(config)
+    for labels in config.labels:  # refused before any training
+        few(domains[1], labels, 1, (config.seed, 0))
     total = config.seeds * (1 + len(config.labels) * (len(METHODS) + 1))
     values: dict[tuple[str, str], list[float]] = {}
     with progress() as bar:

@@ -242,6 +242,8 @@ def main(config: Config) -> dict[str, Any]:
             f"meta_steps: {config.meta_steps} must be a multiple of block, "
             f"{config.block}"
         )
+    if not config.baseline_rates:
+        raise ValueError("baseline_rates: none; give one at least")
     folder = start_run("maml_sinusoid", config)
     started = time.perf_counter()
     root = jax.random.key(config.seed)

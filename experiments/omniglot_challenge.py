@@ -288,6 +288,8 @@ def main(config: Config) -> dict[str, list[float]]:
     """
     if config.drawings < 2:
         raise ValueError(f"drawings: {config.drawings} must be 2 or more")
+    if config.views < 0:
+        raise ValueError(f"views: 0 or more, got {config.views}")
     folder = start_run("omniglot_challenge", config)
     started = time.perf_counter()
     characters = Characters(

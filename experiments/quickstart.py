@@ -421,6 +421,9 @@ def draw(
 
 def main(config: Config) -> list[Row]:
     started = time.perf_counter()
+    for name in ("labels_a_class", "student_labels"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: {getattr(config, name)} must be 1 or more")
     folder = start_run("quickstart", config)
     if config.steps < RECORDS or config.steps % RECORDS:
         raise ValueError(f"steps: got {config.steps}; give a multiple of {RECORDS}")

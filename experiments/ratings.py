@@ -187,6 +187,9 @@ def split(
     held = round(protocol.validation * len(eligible))
     rest = np.asarray(jax.random.permutation(key, order[held:]))
     fresh = round(protocol.new * len(rest))
+    parts = {"validation": held, "new": fresh, "other": len(rest) - fresh}
+    if min(parts.values()) < 1:
+        raise ValueError(f"{protocol}: users by part are {parts}; each needs one")
     return Split(
         jnp.asarray(eligible),
         jnp.asarray(items),

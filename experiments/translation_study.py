@@ -5,14 +5,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments import translation_text as text
 from experiments import translation_training as training
-from experiments.common import Row, StudyConfig, keep
+from experiments.common import Row, StudyConfig, keep, options_of
 from experiments.translation_text import Pairs, Sentences, Vocabulary
 from experiments.translation_training import Size, Training, Translator
 from jaxtransfer import pretrained
@@ -32,7 +32,7 @@ VOCABULARY = "vocabulary.model"
 class Config(StudyConfig):
     """Options of the study."""
 
-    dataset: str = "multi30k"
+    dataset: Literal["multi30k", "invented"] = "multi30k"
     """Or "invented": words for digits, for trying out."""
     teacher: Size = Size(128, 4, 256, 3, 3, 0.1)
     """Of the large network."""
@@ -82,14 +82,37 @@ class Corpus(NamedTuple):
 
 
 def read(config: Config) -> Corpus:
-    """Sentences and the subwords that are learned from those of training."""
+    """Sentences and the subwords that are learned from those of training.
+
+    Raises:
+        ValueError: a language that there is not, fewer sentences than none, or subwords
+            of an earlier run that were not learned from the same text.
+    """
+    for name in ("sentences", "test_sentences", "poor_pairs"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}: 0 or more, got {getattr(config, name)}")
     if config.dataset == "invented":
-        train, test = text.invented(config.sentences), text.invented(20)
+        train, test = text.invented(config.sentences), text.invented(20, seed=1)
     else:
         train = text.read("train", config.data_dir)
         test = text.read("test_2016_flickr", config.data_dir)
+    if unknown := sorted(set(config.poor) - set(train) | set(config.poor) & {"en"}):
+        raise ValueError(f"poor: no {unknown[0]!r}; choose among {sorted(train)}")
     train = _first(train, config.sentences)
     if config.earlier is not None:
+        before = options_of(config.earlier)
+        if strange := sorted(set(config.poor) - set(before["poor"])):
+            raise ValueError(
+                f"earlier: the subwords of {config.earlier} were learned without "
+                f"{strange[0]!r}, whose letters they may lack; leave it out of --poor, "
+                "or --earlier"
+            )
+        for name in ("dataset", "vocabulary"):
+            if before[name] != (own := getattr(config, name)):
+                raise ValueError(
+                    f"earlier: the subwords of {config.earlier} are of {name} = "
+                    f"{before[name]}, this run has {own}; give the same"
+                )
         vocabulary = Vocabulary(_of_run(config.earlier, VOCABULARY).read_bytes())
     else:
         few = _first(train, config.poor_pairs)
@@ -113,11 +136,6 @@ def pairs(corpus: Corpus, into: str, count: int = 0) -> Pairs:
 
 def _file_name(name: str) -> str:
     return re.sub("[^a-z0-9]+", "_", name.lower())
-
-
-def _options_of(folder: Path) -> dict[str, Any]:
-    """The options of a run."""
-    return json.loads(_of_run(folder, "config.json").read_text())["config"]
 
 
 def _of_run(folder: Path, name: str) -> Path:
@@ -150,7 +168,7 @@ class Study:
         self.rows: list[Row] = []
         self.samples: dict[str, list[str]] = {}
         self.say: Callable[[str], None] = print
-        self.before = _options_of(config.earlier) if config.earlier else {}
+        self.before = options_of(config.earlier) if config.earlier else {}
 
     def recipe(self, updates: int, begun: bool = False) -> Training:
         """How long and how fast; more gently if there is something to lose."""
@@ -231,7 +249,13 @@ class Study:
         """
         file = f"{_file_name(name)}.json"
         if (earlier := self.earlier(file, options)) is not None:
-            beams = json.loads(earlier.read_text())
+            try:
+                beams = json.loads(earlier.read_text())
+            except ValueError as error:
+                raise ValueError(
+                    f"earlier: {earlier} is damaged ({error}); remove it to have that "
+                    "written again"
+                ) from error
         else:
             beams = self.searches[self.teacher][0](teacher, sources)
         (self.folder / file).write_text(json.dumps(beams, separators=(",", ":")))

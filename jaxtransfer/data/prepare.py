@@ -46,9 +46,13 @@ def prepare(
         The folder that now holds the data set.
 
     Raises:
-        PrepareError: unknown name, missing or damaged file, TensorFlow missing for a
-            catalogue set, a folder that can't be written.
+        PrepareError: unknown name, no folder or several, missing or damaged file,
+            TensorFlow missing for a catalogue set, a folder that can't be written.
     """
+    if not os.fspath(data_dir) or os.pathsep in os.fspath(data_dir):
+        raise PrepareError(
+            f"--data-dir {os.fspath(data_dir)!r}: give one folder, to write to"
+        )
     present = sources.find_prepared(name, data_dir=data_dir)
     if present is not None:
         return present

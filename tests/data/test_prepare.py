@@ -219,6 +219,14 @@ def test_unwritable_data_dir(tmp_path, capsys):
     assert "can't write" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["", os.pathsep.join(("one", "two"))])
+def test_one_folder_is_written_to(tmp_path, capsys, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    assert prepare.main(["usps", "--manual-dir", ".", "--data-dir", given]) == 1
+    assert "give one folder, to write to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_record_file_cut_short_is_damaged(tmp_path):
     """Said when the data set is opened, with the folder to delete."""
     write_usps(tmp_path / "raw" / "usps.h5")

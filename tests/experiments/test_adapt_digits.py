@@ -71,6 +71,16 @@ def test_adaptation_gets_no_target_label(tmp_path, monkeypatch):
             assert from_target == (method == BOUND)
 
 
+def test_a_network_that_diverged_is_no_result(tmp_path, monkeypatch):
+    def make_run(method, channels, steps, config):
+        return lambda *given: (jnp.array(0), None, {"task_loss": jnp.nan})
+
+    monkeypatch.setattr(adapt_digits, "make_run", make_run)
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, figure=False)
+    with pytest.raises(FloatingPointError, match="inverted, source only: the loss is"):
+        adapt_digits.main(config)
+
+
 def test_grey_images_become_coloured_and_centred():
     pixels = jnp.array([[[[0]], [[255]]]], jnp.uint8)
     inputs = adapt_digits.images(pixels, 3)
@@ -93,7 +103,11 @@ def test_the_source_only_objective_ignores_the_target():
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"tasks": ("MNIST → SVHN",)}, "tasks"), ({"methods": ("CDAN",)}, "methods")],
+    [
+        ({"tasks": ("MNIST → SVHN",)}, "tasks"),
+        ({"methods": ("CDAN",)}, "methods"),
+        ({"dann_tap": "nope"}, "tap 'nope' names no module"),
+    ],
 )
 def test_unknown_names_are_refused_before_any_work(tmp_path, change, message):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path, **change)

@@ -28,6 +28,16 @@ def test_what_is_looked_up_is_what_the_teacher_says(key):
         )
 
 
+def test_images_differ_between_seeds_and_roots():
+    labels = jnp.arange(100) % 10
+    drawn = {
+        cifar.subset(labels, 3, *given).tobytes() for given in ((0,), (1,), (0, 1))
+    }
+    assert len(drawn) == 3
+    same = cifar.subset(labels, 3, 0), cifar.subset(labels, 3, 0, 0)
+    np.testing.assert_array_equal(*same)
+
+
 def test_a_batch_is_mirrored_as_the_teacher_saw_it(key):
     """The teacher's values of a batch are those of the images in it."""
     images = cifar.Images(

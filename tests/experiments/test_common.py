@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -37,4 +38,45 @@ def test_a_damaged_line_before_others_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"line 2 of .*values.jsonl is damaged.*remove"
     ):
+        rows(tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    queries: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(common.StudyConfig):
+    inner: Inner = Inner()
+    weight: float = 1.0
+    labels: tuple[int, ...] = (1, 5)
+    rows: tuple[str, ...] = ("KD",)
+    widths: tuple[int, ...] = (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"inner": Inner(0)}, "inner.queries: 0 must be 1 or more"),
+        ({"weight": float("nan")}, "weight: must be a number"),
+        ({"labels": (5, 1, 5)}, "labels: 5 is there twice"),
+        ({"rows": ("KD", "KD")}, "rows: 'KD' is there twice"),
+        ({"seed": 2**32}, "seed: 0 to 4294967295, got 4294967296"),
+        ({"seed": -1}, "seed: 0 to"),
+    ],
+)
+def test_options_that_can_t_be(changed, message):
+    common.check_options(Options())
+    with pytest.raises(ValueError, match=message):
+        common.check_options(dataclasses.replace(Options(), **changed))
+
+
+def test_damaged_options_and_lines_of_an_earlier_run(tmp_path):
+    path = begun(tmp_path)
+    path.write_bytes(b"5\n" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"line 1 of .* is damaged .no object"):
+        rows(tmp_path)
+    (tmp_path / "config.json").write_text('{"config": {"se')
+    with pytest.raises(ValueError, match="config.json is damaged .*; leave the folder"):
         rows(tmp_path)

@@ -37,6 +37,19 @@ def test_all_labels_are_all_rows():
     np.testing.assert_array_equal(rows, np.arange(50))
 
 
+def test_a_student_that_diverged_is_no_result(tmp_path, monkeypatch):
+    def run(method, config):
+        return lambda *given: (np.zeros(config.seeds), np.full(config.seeds, np.nan))
+
+    teacher = None, [0.0, 0.0]
+    monkeypatch.setattr(distill_digits, "train_teacher", lambda *given: teacher)
+    monkeypatch.setattr(distill_digits, "make_student_run", run)
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path)
+    message = f"{STUDENTS[0]}: the loss is not finite after {config.steps} updates"
+    with pytest.raises(FloatingPointError, match=message):
+        distill_digits.main(config)
+
+
 @pytest.mark.parametrize("count", [15, -10, 10_000])
 def test_impossible_label_counts_are_refused(tmp_path, count):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path, labels=(count,))

@@ -123,6 +123,23 @@ def test_of_a_beam_the_likest_is_chosen(corpus):
 
 
 @pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"poor": ("cs", "fr")}, "earlier: the subwords .* without 'fr'"),
+        ({"vocabulary": 64}, "of vocabulary = 48, this run has 64"),
+        ({"poor": ("xx",), "earlier": None}, "poor: no 'xx'; choose among"),
+        ({"sentences": -5, "earlier": None}, "sentences: 0 or more, got -5"),
+    ],
+)
+def test_text_that_an_earlier_run_did_not_have(tmp_path, changed, message):
+    before = {"poor": ["cs"], "vocabulary": 48, "dataset": "invented"}
+    (tmp_path / "config.json").write_text(json.dumps({"config": before}))
+    config = dataclasses.replace(SMOKE, poor=("cs",), vocabulary=48, earlier=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        parts.read(dataclasses.replace(config, **changed))
+
+
+@pytest.mark.parametrize(
     "rows", [("magic",), (), (study.WORDS, study.LABELS, study.OWN)]
 )
 def test_rows_that_make_no_sense(tmp_path, rows):

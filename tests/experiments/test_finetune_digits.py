@@ -36,6 +36,17 @@ def test_a_held_layer_that_moved_stops_the_study():
         finetune_digits.check_held(before, tuned, ("stem",))
 
 
+@pytest.mark.parametrize("labels", [(5,), (3, 7), (1, 5, 10, 50)])
+def test_every_number_of_labels_fills_the_common_size_evenly(labels):
+    images = {"labels": np.arange(1000) % 10, "rows": np.arange(1000)}
+    size = finetune_digits.common_size(labels, 64)
+    assert size >= 64
+    for count in labels:
+        some = finetune_digits.few(images, count, size, (0, 0))
+        _, times = np.unique(some["rows"], return_counts=True)
+        assert len(times) == 10 * count and len(set(times)) == 1
+
+
 def test_few_are_balanced_nested_and_of_one_size():
     images = {"labels": np.arange(200) % 10, "rows": np.arange(200)}
     some = finetune_digits.few(images, 1, 40, (0, 0))
@@ -44,5 +55,10 @@ def test_few_are_balanced_nested_and_of_one_size():
     assert np.bincount(some["labels"]).tolist() == [4] * 10
     assert len(set(some["rows"])) == 10 and len(set(more["rows"])) == 40
     assert set(some["rows"]) < set(more["rows"])
+    for count in (0, -1, 21):
+        with pytest.raises(
+            ValueError, match=f"labels: 1 to 20 of a class, got {count}"
+        ):
+            finetune_digits.few(images, count, 40, (0, 0))
     other = finetune_digits.few(images, 1, 40, (0, 1))
     assert set(other["rows"]) != set(some["rows"])

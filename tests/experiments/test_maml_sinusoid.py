@@ -84,6 +84,11 @@ def test_zero_as_an_option_is_refused(tmp_path, option):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_baseline_needs_a_rate(tmp_path):
+    with pytest.raises(ValueError, match="baseline_rates: none"):
+        study.main(dataclasses.replace(SMALL, run_dir=tmp_path, baseline_rates=()))
+
+
 def test_block_must_divide_the_steps(tmp_path):
     with pytest.raises(ValueError, match="meta_steps: 5 must be a multiple of block"):
         study.main(dataclasses.replace(SMALL, run_dir=tmp_path, meta_steps=5))

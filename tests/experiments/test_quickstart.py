@@ -40,6 +40,12 @@ def test_a_run_folder_that_cannot_be_made_is_refused_before_any_work(
         quickstart.main(config)
 
 
+def test_a_student_has_labels(tmp_path):
+    config = dataclasses.replace(SMOKE, run_dir=tmp_path, student_labels=0)
+    with pytest.raises(ValueError, match="student_labels: 0 must be 1 or more"):
+        quickstart.main(config)
+
+
 def test_help_shows_options_with_their_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         quickstart.command_line(quickstart.main, quickstart.PRESETS, args=["--help"])

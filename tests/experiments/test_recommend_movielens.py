@@ -193,6 +193,8 @@ def test_choice_is_by_validation_error_and_never_of_a_run_that_diverged():
             "fewest > queries",
         ),
         ({"protocol": lib.Protocol(new_from=2000)}, ValueError, "0 ratings of new"),
+        ({"protocol": lib.Protocol(new=0.0)}, ValueError, "'new': 0,.* each needs one"),
+        ({"protocol": lib.Protocol(queries=0)}, ValueError, "protocol.queries: 0 must"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, options, error, message):
