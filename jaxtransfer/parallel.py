@@ -65,14 +65,17 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """
     _check_divisible(batch, len(mesh.local_devices))
     sharding = NamedSharding(mesh, P(*mesh.axis_names))
-    return jax.tree.map(
-        lambda x: (
-            x
-            if isinstance(x, jax.Array) and x.sharding == sharding
-            else jax.make_array_from_process_local_data(sharding, np.asarray(x))
-        ),
-        batch,
-    )
+
+    def place(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array):
+            if leaf.sharding == sharding:
+                return leaf
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                data = place(jax.random.key_data(leaf))
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(place, batch)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -17,6 +17,7 @@ from jaxtransfer.methods import adapt, distill, features, finetune, meta
 from jaxtransfer.methods.meta import chunks
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import alternate, eval_step, init_state, metrics, train_step
+from jaxtransfer.typing import Variables
 from tests.twins import jitted, network
 
 ROWS, TASKS = 16, 16
@@ -545,3 +546,25 @@ def test_an_xla_without_the_option_is_left_alone(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("XLA_FLAGS", f"--{parallel._LIBRARY}=")
     assert parallel._compiler_options(None) == {}
+
+
+@pytest.mark.parametrize("way", ["mesh", "pmap"])
+def test_keys_in_the_batch_and_in_the_state(way):
+    """A key of each row, and one in the model state."""
+    mesh = parallel.make_mesh()
+
+    def objective(params, frozen, state, batch, key):
+        noise = jax.vmap(jax.random.normal)(batch["keys"])
+        return jnp.mean((noise - params["w"]) ** 2), (state, {})
+
+    begun = Variables({"w": jnp.zeros(())}, {"key": jax.random.key(7)})
+    batch = {"keys": jax.random.split(KEY, 16)}
+    one = train_step(objective, OUTER)
+    expected, _ = parallel.jit_step(one)(init_state(KEY, begun, OUTER), batch)
+    if way == "mesh":
+        run = parallel.jit_step(one, mesh)
+    else:
+        run = parallel.pmap_step(train_step(objective, OUTER, axis_name="data"))
+    found, _ = run(init_state(KEY, begun, OUTER), batch)
+    np.testing.assert_allclose(found.params["w"], expected.params["w"], rtol=1e-5)
+    assert found.model_state["key"] == jax.random.key(7)

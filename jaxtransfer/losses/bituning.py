@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Integer
 
 from jaxtransfer.losses.directions import unit
+from jaxtransfer.losses.memory import gathered
 from jaxtransfer.losses.reduction import check_mask, widen
 from jaxtransfer.losses.sets import checked_labels, matrix
 from jaxtransfer.typing import AnyArray
@@ -76,6 +77,7 @@ def enqueue(
     queue: ClassQueue,
     *,
     where: Bool[AnyArray, " batch"] | None = None,
+    axis_name: str | None = None,
 ) -> ClassQueue:
     """Put keys into the queue of their class, in place of the oldest.
 
@@ -87,6 +89,9 @@ def enqueue(
         labels: Their classes [batch] in [0, classes).
         queue: The queue.
         where: Which keys go in [batch]; default all.
+        axis_name: Axis of ``pmap`` or ``shard_map`` over which the batch is divided, so
+            that every device writes the rows of all; without it each would write its
+            own, and a training step would average the copies.
 
     Returns:
         The new queue; no gradient flows through it.
@@ -106,6 +111,7 @@ def enqueue(
     Reference:
         Zhong et al., "Bi-tuning of Pre-trained Representations", 2020, sec. 3.
     """
+    features, labels, where = gathered(axis_name, features, labels, where)
     features = jax.lax.stop_gradient(matrix("features", features))
     classes, size, width = queue.keys.shape
     if features.shape[1] != width:
@@ -124,7 +130,7 @@ def enqueue(
     keys = queue.keys.at[jnp.where(stays, labels, classes), place].set(
         features.astype(queue.keys.dtype), mode="drop"
     )
-    return ClassQueue(keys, queue.counts + total)
+    return ClassQueue(keys, queue.counts + total.astype(queue.counts.dtype))
 
 
 def categorical_contrastive(

@@ -17,6 +17,7 @@ from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.memory import (
     checked_indices,
     counted_rows,
+    gathered,
     write_rows,
 )
 from jaxtransfer.losses.reduction import check_mask, widen
@@ -256,6 +257,7 @@ def update_contrastive_memory(
     temperature: float | Float[AnyArray, ""] = 0.07,
     momentum: float | Float[AnyArray, ""] = 0.5,
     where: Bool[AnyArray, " batch"] | None = None,
+    axis_name: str | None = None,
 ) -> ContrastiveMemory:
     """Write a batch into the memory of contrastive representation distillation (CRD).
 
@@ -275,6 +277,9 @@ def update_contrastive_memory(
         temperature: T, that of the loss. It matters in the first batch only.
         momentum: r in [0, 1).
         where: Which examples are written [batch].
+        axis_name: Axis of ``pmap`` or ``shard_map`` over which the batch is divided, so
+            that every device writes the rows of all; without it each would write its
+            own, and a training step would average the copies.
 
     Returns:
         The new memory; no gradient flows through it. An index out of range that can't
@@ -298,8 +303,11 @@ def update_contrastive_memory(
         Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020,
         sec. 3.1; momentum and Z from the authors' code.
     """
+    student, teacher, rows, negatives, where = gathered(
+        axis_name, student_embeddings, teacher_embeddings, indices, negatives, where
+    )
     student, teacher, rows, valid, where = _batch(
-        student_embeddings, teacher_embeddings, indices, negatives, memory, where
+        student, teacher, rows, negatives, memory, where
     )
     check_positive("temperature", temperature)
     if not isinstance(momentum, Tracer) and not 0 <= momentum < 1:

@@ -1,10 +1,25 @@
 """Memories with a row for every example of a data set: their indices, their rows."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxtransfer.losses.reduction import integers
 from jaxtransfer.losses.sets import matrix
+
+
+def gathered(axis_name: str | None, *arrays: Any) -> Any:
+    """The rows of all devices of an axis, in their order; as they are without one."""
+    if axis_name is None:
+        return arrays
+    return tuple(
+        None
+        if rows is None
+        else jax.lax.all_gather(jnp.asarray(rows), axis_name, tiled=True)
+        for rows in arrays
+    )
 
 
 def checked_indices(name, indices, shape, examples, where):

@@ -11,6 +11,7 @@ from jaxtransfer.losses.directions import unit
 from jaxtransfer.losses.memory import (
     checked_indices,
     counted_rows,
+    gathered,
     write_rows,
 )
 from jaxtransfer.losses.reduction import check_mask, mean, widen
@@ -77,6 +78,7 @@ def update_neighbor_bank(
     bank: NeighborBank,
     *,
     where: Bool[AnyArray, " batch"] | None = None,
+    axis_name: str | None = None,
 ) -> NeighborBank:
     """Write a batch into the bank of features and predictions (NRC).
 
@@ -89,6 +91,9 @@ def update_neighbor_bank(
             is there more than once the last one is written.
         bank: The bank.
         where: Which examples are written [batch].
+        axis_name: Axis of ``pmap`` or ``shard_map`` over which the batch is divided, so
+            that every device writes the rows of all; without it each would write its
+            own, and a training step would average the copies.
 
     Returns:
         The new bank; no gradient flows through it. An index out of range that can't be
@@ -111,6 +116,9 @@ def update_neighbor_bank(
         Yang et al., "Exploiting the Intrinsic Neighborhood Structure for Source-free
         Domain Adaptation", NeurIPS 2021, sec. 3.
     """
+    features, logits, indices, where = gathered(
+        axis_name, features, logits, indices, where
+    )
     features, logits = matrix("features", features), matrix("logits", logits)
     examples, width = bank.features.shape
     classes = bank.probabilities.shape[1]

@@ -93,6 +93,16 @@ def _all_finite(arrays: Any) -> jax.Array:
     return finite
 
 
+@jax.jit
+def _all_numbers(arrays: Any) -> jax.Array:
+    """Whether all are finite or, as in a memory not yet written, minus infinity."""
+    numbers = jnp.array(True)
+    for leaf in jax.tree.leaves(arrays):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            numbers &= jnp.all(jnp.isfinite(leaf) | (leaf == -jnp.inf))
+    return numbers
+
+
 def fit(
     step: Step,
     state: TrainState,
@@ -211,7 +221,7 @@ def fit(
             return
         fetch()
         check(logged, sums[2])
-        if not bool(_all_finite((state.params, state.model_state))):
+        if not bool(_all_finite(state.params) & _all_numbers(state.model_state)):
             raise _not_finite(done, checkpointer, what="parameters or model state")
         if checkpointer is not None:
             checkpointer.save(done, state, batches, force=force)

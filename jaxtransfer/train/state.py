@@ -84,6 +84,8 @@ def init_state(
         opt_state = {role: optimizer[role].init(params[role]) for role in optimizer}
     else:
         opt_state = optimizer.init(params)
+    # Some keep the parameters they began with, which `jit_step` would donate twice.
+    opt_state = jax.tree.map(lambda x: jnp.array(x, copy=True), opt_state)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -31,9 +31,11 @@ def _per_device(tree: Any, axis_name: str) -> Any:
 
 
 def _mean_over(axis_name: str, tree: Any) -> Any:
-    """Mean over devices; counters (integers) take the largest."""
+    """Mean over devices; counters (integers) take the largest, keys stay."""
 
     def reduce(leaf: Any) -> Any:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             return jax.lax.pmean(leaf, axis_name)
         return jax.lax.pmax(leaf, axis_name)

@@ -239,6 +239,7 @@ def test_ways_and_shots_vary_together(key):
         ({"ways": 45, "groups": None, "rotations": "classes"}, "the 44 classes"),
         ({"ways": (4, 2)}, r"ways=\(4, 2\) must be \(least, most\)"),
         ({"shots": (0, 2)}, r"shots=\(0, 2\) must be at least 1"),
+        ({"shots": 1.0}, "shots=1.0 must be a whole number, or"),
         ({"shots": (5, 6)}, r"5 \+ 2 is more than the 6 examples of the smallest"),
         ({"queries": 0}, "queries=0"),
         ({"queries": (1, 2)}, r"queries=\(1, 2\) must be one number; .*`where`"),

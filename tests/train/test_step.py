@@ -1,12 +1,14 @@
 """The one update rule, several players in one step, and measuring a batch."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxtransfer import prng
+from jaxtransfer import parallel, prng
 from jaxtransfer.train import (
     alternate,
     eval_step,
@@ -298,3 +300,27 @@ def test_measuring_over_devices_adds_up():
     )
     measured = step(state, jnp.arange(8.0).reshape(8, 1))
     assert (float(measured["error"].total), float(measured["error"].count)) == (28, 8)
+
+
+def test_optimizers_that_keep_where_they_began_can_be_donated():
+    """As `meta.proximal` does: the same buffer must not be given away twice."""
+
+    class Kept(NamedTuple):
+        start: Any
+
+    optimizer = optax.chain(
+        optax.sgd(0.1),
+        optax.GradientTransformation(
+            Kept, lambda updates, state, params=None: (updates, state)
+        ),
+    )
+
+    def objective(params, frozen, state, batch, key):
+        return jnp.sum((params["w"] - batch) ** 2), (state, {})
+
+    step = parallel.jit_step(train_step(objective, optimizer))
+    begun = Variables({"w": jnp.zeros(3)})
+    state = init_state(jax.random.key(0), begun, optimizer)
+    state, _ = step(state, jnp.ones(3))
+    assert state.opt_state[1].start["w"].tolist() == [0.0] * 3
+    assert state.params["w"].tolist() != [0.0] * 3

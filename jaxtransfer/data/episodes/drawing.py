@@ -1,5 +1,6 @@
 """Which examples make up classification tasks, drawn from a key."""
 
+import operator
 from typing import Literal, NamedTuple
 
 import jax
@@ -231,6 +232,13 @@ def _of_group(
 
 def _range(name: str, value: Count) -> tuple[int, int]:
     """Least and most of a count."""
+    if not isinstance(value, tuple | list):
+        try:
+            value = operator.index(value)
+        except TypeError as error:
+            raise ValueError(
+                f"{name}={value!r} must be a whole number, or (least, most)"
+            ) from error
     least, most = (value, value) if isinstance(value, int) else value
     if least < 1:
         raise ValueError(f"{name}={value} must be at least 1")

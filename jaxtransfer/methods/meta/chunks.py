@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 
 from jaxtransfer.ops.chunked import chunked_mean
@@ -35,8 +36,8 @@ def _chunk(chunk: Chunk, tasks: int, one: Callable[..., Any], *arguments: Any) -
     """How many tasks run side by side."""
     if chunk is None:
         return tasks
-    if isinstance(chunk, int):
-        return min(chunk, tasks)
+    if isinstance(chunk, int | np.integer):
+        return min(int(chunk), tasks)
     if chunk != "auto":
         raise ValueError(f'chunk: got {chunk!r}; choose a number, "auto" or None')
     platform = jax.default_backend()

@@ -174,7 +174,8 @@ def maml(
             slopes, after = gradient(
                 fast, held, frozen, of_step(state, number), support, key
             )
-            state = state if task.per_step else after
+            if not task.per_step:  # Flax returns float32 statistics as float64 in x64
+                state = jax.tree.map(lambda x, was: x.astype(was.dtype), after, state)
             if first_order:
                 slopes = jax.lax.stop_gradient(slopes)
             updates, slots = _updates(inner, slopes, slots, fast)

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from jaxtransfer import losses, tree
 from jaxtransfer.losses.directions import unit
+from jaxtransfer.losses.reduction import integers
 from jaxtransfer.methods._supervised import Loss, task_loss
 from jaxtransfer.methods.meta.learner import (
     Adapted,
@@ -20,7 +21,7 @@ from jaxtransfer.methods.meta.learner import (
     check_support,
 )
 from jaxtransfer.ops.products import product
-from jaxtransfer.train.metrics import ABSENT
+from jaxtransfer.train.metrics import ABSENT, cover
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -166,18 +167,19 @@ def membership(support: Batch, ways: int) -> jax.Array:
             f"support labels: got {wrong[:5]} with ways={ways}; number a task's "
             "classes from 0, raise ways, or mask these rows with where"
         )
-    member = labels[:, None] == jnp.arange(ways)
+    member = integers(labels)[:, None] == jnp.arange(ways)
     if "where" in support:
-        member &= support["where"][:, None]
+        member &= cover(support["where"], member)
     if "classes" in support:
         member &= support["classes"]
     return member
 
 
 def _outside(support: Batch, ways: int) -> jax.Array:
-    labels = jnp.asarray(support["labels"])
+    labels = integers(support["labels"])
     outside = (labels < 0) | (labels >= ways)
-    return outside & support["where"] if "where" in support else outside
+    where = support.get("where")
+    return outside if where is None else outside & cover(where, outside)
 
 
 def counted(features: jax.Array, support: Batch, ways: int) -> jax.Array:

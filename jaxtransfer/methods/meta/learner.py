@@ -4,14 +4,17 @@ Every algorithm is a :class:`Learner`; :func:`~jaxtransfer.methods.meta.objectiv
 of any of them the objective whose gradient is the meta-gradient.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey
 
 from jaxtransfer import losses, tree
 from jaxtransfer.methods._supervised import Loss, predict, supervised
+from jaxtransfer.model.calls import lies_under
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -30,11 +33,14 @@ Statistics = Literal["transductive", "support", "running"]
   the query by its own. As published by MAML and Reptile; a query's prediction depends
   on the other queries.
 - ``"support"``: the support's, for both, of the parameters that are adapted. A query is
-  judged alone.
+  judged alone. Of layers that are held, those in the model state.
 - ``"running"``: those in the model state, for both; see ``collect`` of
   :func:`~jaxtransfer.methods.meta.objective`.
 
-Networks without batch normalisation are the same under all three.
+Networks without batch normalisation are the same under all three, but for dropout,
+which follows them: ``"transductive"`` drops in the support and in the query, where
+``Learner.predict`` has no key and is an error, ``"support"`` in the support alone,
+``"running"`` nowhere.
 """
 
 StepStatistics = Literal["transductive", "support", "running", "per_step"]
@@ -143,36 +149,60 @@ def batch_statistics(
     A layer keeps ``m * old + (1 - m) * batch``, and its output in training mode does
     not read ``old``; so two passes that differ in ``old`` alone (of which a compiled
     program runs one) give ``m`` and the batch's statistics. What a pass does not change
-    stays as it is. With held layers, which are normalised by ``old``, it is the state
-    after one pass: exact for momentum 0.
+    stays as it is, and so do the statistics of held layers, which are normalised by
+    them, and state that is no mean or variance, such as that of spectral normalisation.
     """
     if not jax.tree.leaves(model_state):
         return model_state
-    if frozen.get("params"):  # held layers do read ``old``
-        return task(params, frozen, model_state, support, key)[1][0]
+    moved = _moved(params, frozen, model_state)
 
     def left(old: ModelState) -> ModelState:
-        return task(params, frozen, old, support, key)[1][0]
-
-    def real(leaf: jax.Array) -> bool:
-        return jnp.issubdtype(leaf.dtype, jnp.inexact)
+        after = task(params, frozen, old, support, key)[1][0]
+        # Flax gives statistics of float64 inputs back as float64.
+        return jax.tree.map(lambda x, before: x.astype(before.dtype), after, old)
 
     def solve(
-        of_zero: jax.Array, of_old: jax.Array, old: jax.Array, before: jax.Array
+        of_zero: jax.Array,
+        of_old: jax.Array,
+        old: jax.Array,
+        before: jax.Array,
+        moved: bool,
     ) -> jax.Array:
-        if not real(before):
+        if not moved:
             return before
         kept = jax.lax.stop_gradient((of_old - of_zero) / old)
         return jnp.where(kept < 1, of_zero / jnp.where(kept < 1, 1 - kept, 1), before)
 
     of_zero = left(
-        jax.tree.map(lambda x: jnp.zeros_like(x) if real(x) else x, model_state)
+        jax.tree.map(lambda x, m: jnp.zeros_like(x) if m else x, model_state, moved)
     )
     # As large as the statistics are, so that the difference keeps its digits.
     old = jax.tree.map(
-        lambda x: 1 + jnp.abs(jax.lax.stop_gradient(x)) if real(x) else x, of_zero
+        lambda x, before, m: 1 + jnp.abs(jax.lax.stop_gradient(x)) if m else before,
+        of_zero,
+        model_state,
+        moved,
     )
-    return jax.tree.map(solve, of_zero, left(old), old, model_state)
+    return jax.tree.map(solve, of_zero, left(old), old, model_state, moved)
+
+
+def _moved(params: Params, frozen: Frozen, model_state: ModelState) -> Any:
+    """Which leaves of the state are statistics of layers that are not held."""
+    held = tree.held_modules(params, frozen.get("params", {}))
+    network = whole(params, frozen)
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        names = [part.key for part in path if isinstance(part, DictKey)]
+        module: list[str] = []
+        node: Any = network
+        while names and isinstance(node := node.get(names[0]), Mapping):
+            module.append(names.pop(0))  # a part with collections of its own
+        place = "/".join(module + names[1:])
+        is_statistic = bool(names) and re.search("mean|var", names[-1])
+        real = jnp.issubdtype(leaf.dtype, jnp.inexact)
+        return bool(real and is_statistic and not lies_under(place, held))
+
+    return jax.tree_util.tree_map_with_path(one, model_state)
 
 
 def task(

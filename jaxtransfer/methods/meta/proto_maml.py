@@ -1,5 +1,7 @@
 """ProtoMAML: gradient steps whose head begins at the support's prototypes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -129,17 +131,33 @@ def proto_maml(
                 f"{head!r} takes {len(kernel)}; tap what goes into the head"
             )
         means, present = class_means(features, member), member.any(axis=0)
-        offsets = jnp.where(present, -jnp.sum(means**2, axis=1), ABSENT)
+        # Absent classes are left out of the steps by "classes"; a bias of ABSENT among
+        # what adapts would be all that norms and decay see.
+        offsets = jnp.where(present, -jnp.sum(means**2, axis=1), 0)
         start = (2 * means).T.astype(kernel.dtype), offsets.astype(bias.dtype)
         begun = tree.unflatten({**leaves, **dict(zip(places, start, strict=True))})
-        return inner.adapt(
+
+        def without(network: Params) -> Params:
+            """Parameters under which absent classes are never predicted."""
+            leaves = tree.flatten(network)
+            bias = leaves[places[1]]
+            absent = max(ABSENT, float(jnp.finfo(bias.dtype).min))
+            return tree.unflatten(
+                {**leaves, places[1]: jnp.where(present, bias, absent)}
+            )
+
+        def see(network: Params, state: ModelState) -> Any:
+            return None if visit is None else visit(without(network), state)
+
+        adapted = inner.adapt(
             {**params, "network": begun} if learned else begun,
             frozen,
             model_state,
             {**support, "classes": present},
             key,
-            visit,
+            None if visit is None else see,
         )
+        return adapted._replace(params=without(adapted.params))
 
     return inner._replace(adapt=adapt)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import losses
+from jaxtransfer.losses.reduction import integers
 from jaxtransfer.methods.meta.embedding import (
     at_once,
     check_choice,
@@ -171,7 +172,10 @@ def relation(
 
     def squares(outputs: jax.Array, labels: Any) -> jax.Array:
         wanted = jax.nn.one_hot(labels, ways, dtype=outputs.dtype)
-        return jnp.sum((jax.nn.sigmoid(outputs) - wanted) ** 2, axis=-1)
+        error = jnp.sum((jax.nn.sigmoid(outputs) - wanted) ** 2, axis=-1)
+        # As of the other losses: what is out of range is not hidden.
+        labels = integers(labels)
+        return jnp.where((labels >= 0) & (labels < ways), error, jnp.nan)
 
     def of_support(params, frozen, model_state, support, key):
         maps = embed.statistics, compare.statistics

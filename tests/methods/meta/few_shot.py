@@ -9,8 +9,8 @@ import numpy as np
 import optax
 
 from jaxtransfer.methods import meta
-from jaxtransfer.methods._supervised import ABSENT
 from jaxtransfer.model import from_linen
+from jaxtransfer.train.metrics import ABSENT
 from jaxtransfer.typing import Model
 
 KEY = jax.random.key(0)

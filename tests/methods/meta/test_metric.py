@@ -207,6 +207,30 @@ def test_proto_maml_adapts_the_body_and_takes_learned_rates(float64):
         few_shot.close(found.params, expected.params)
 
 
+def test_absent_classes_leave_the_steps_of_proto_maml_alone(float64):
+    """Neither decay nor a clipped norm sees them, and they are never predicted."""
+    net, params = few_shot.made()
+    support = few_shot.task_of(few_shot.episodes(), 0)["support"]
+    support = {**support, "where": support["labels"] < WAYS - 1}
+    rows = support["where"]
+    z = few_shot.embedded(params, support["inputs"])[rows]
+    centres = few_shot.means(z, support["labels"][rows])[: WAYS - 1]
+    centres = np.concatenate([centres, np.zeros((1, centres.shape[1]))])
+    head = {"kernel": 2 * centres.T, "bias": -(centres**2).sum(1)}
+    optimizer = optax.chain(
+        optax.add_decayed_weights(1e-4), optax.clip_by_global_norm(1.0), optax.sgd(0.1)
+    )
+    plain = {**support, "classes": np.arange(WAYS) < WAYS - 1}
+    expected = jax.jit(meta.maml(meta.task(net), optimizer, steps=2).adapt)(
+        {**params, "head": head}, {}, {}, plain, KEY
+    ).params
+    learner = meta.proto_maml(net, optimizer, steps=2)
+    found = jax.jit(learner.adapt)(params, {}, {}, support, KEY).params
+    assert found["head"]["bias"][-1] == -1e9
+    expected["head"]["bias"] = expected["head"]["bias"].at[-1].set(-1e9)
+    few_shot.close(found, expected)
+
+
 # --- learning -------------------------------------------------------------------------
 
 
@@ -358,6 +382,25 @@ def test_unknown_names_are_told(types_unchecked):
             meta.prototypical(net, ways=WAYS, **wrong)
 
 
+@pytest.mark.parametrize("wrong", [-1, WAYS])
+def test_a_relation_to_no_class_is_not_a_number(wrong):
+    net, params = few_shot.made()
+    relate, begin = module()
+    learner = meta.relation(net, relate, start=begin, **TAP)
+    start = learner.init(Variables(params)).params
+    task = few_shot.task_of(few_shot.episodes(), 0)
+    labels = task["query"]["labels"].copy()
+    labels[0] = wrong
+
+    @jax.jit
+    def loss(labels):
+        adapted = learner.adapt(start, {}, {}, task["support"], KEY)
+        query = {**task["query"], "labels": labels}
+        return learner.query(adapted.params, {}, adapted.model_state, query, KEY)[0]
+
+    assert np.isfinite(loss(task["query"]["labels"])) and np.isnan(loss(labels))
+
+
 def test_bad_labels_are_told():
     net, params = few_shot.made()
     support = few_shot.task_of(few_shot.episodes(), 0)["support"]
@@ -376,6 +419,14 @@ def test_bad_labels_are_told():
     counts = np.array([True, True, True, False, False, True, True])
     member = membership({**wrong, "where": counts}, WAYS)
     assert member.sum(axis=1).tolist() == counts.tolist()
+    with pytest.raises(ValueError, match="where: must be boolean, got int"):
+        membership({**wrong, "where": counts.astype(int)}, WAYS)
+
+
+@pytest.mark.parametrize(("kind", "ways"), [(np.uint8, 256), (np.int8, 150)])
+def test_labels_of_eight_bits_and_more_ways_than_they_can_tell(kind, ways):
+    labels = np.array([0, 1, 100], kind)
+    assert membership({"labels": labels}, ways).argmax(axis=1).tolist() == [0, 1, 100]
 
 
 def test_networks_that_do_not_fit_are_told():

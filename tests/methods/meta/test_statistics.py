@@ -118,6 +118,55 @@ def test_query_by_statistics_of_the_same_examples_equals_its_own():
     np.testing.assert_allclose(own, supports, rtol=1e-4)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_held_layers_do_not_change_whose_statistics(momentum):
+    """Of a layer that is held the running ones, of the others the support's."""
+    net, support = from_linen(Net(momentum)), first(BATCH)["support"]
+    support = jax.tree.map(lambda leaf: leaf[0], support)
+    whole = START.params
+    for held, expected in (
+        (("dense", "head"), by_hand(whole, support["inputs"])),
+        (("norm", "dense"), RUNNING),
+    ):
+        frozen = {"params": {name: whole[name] for name in held}}
+        params = {name: part for name, part in whole.items() if name not in held}
+        learner = meta.maml(meta.task(net), optax.sgd(0.3), steps=0)
+        adapted = learner.adapt(params, frozen, RUNNING, support, KEY)
+        close(adapted.model_state, expected)
+
+
+def test_state_that_is_no_statistic_of_a_batch_stays():
+    class Spectral(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            layer = nn.SpectralNorm(nn.Dense(4), name="norm")
+            return nn.Dense(3, name="head")(layer(x, update_stats=train))
+
+    net = from_linen(Spectral())
+    start = net.init(KEY, jnp.ones((2, 6)))
+    support = jax.tree.map(lambda leaf: leaf[0], first(BATCH)["support"])
+    learner = meta.maml(meta.task(net), optax.sgd(0.3), steps=0)
+    adapted = learner.adapt(start.params, {}, start.model_state, support, KEY)
+    assert same(adapted.model_state, start.model_state)
+
+
+def test_statistics_keep_their_type_in_float64():
+    """Flax gives statistics of float64 inputs back as float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(
+            lambda x: (
+                x.astype(jnp.promote_types(x.dtype, jnp.float64))
+                if jnp.issubdtype(x.dtype, jnp.floating)
+                else x
+            ),
+            (START.params, BATCH),
+        )
+        state = jax.tree.map(lambda x: x.astype(jnp.float32), RUNNING)
+        learner = meta.objective(built("support", 0.9, steps=2))
+        loss, _ = jax.jit(learner)(wide[0], {}, state, first(wide[1]), KEY)
+        assert jnp.isfinite(loss)
+
+
 # --- statistics of a batch, whatever came before --------------------------------------
 
 
