@@ -383,18 +383,15 @@ def test_unknown_names_are_told(types_unchecked):
 
 
 @pytest.mark.parametrize("wrong", [-1, WAYS])
-def test_a_relation_to_no_class_is_not_a_number(wrong):
-    net, params = few_shot.made()
-    relate, begin = module()
-    learner = meta.relation(net, relate, start=begin, **TAP)
-    start = learner.init(Variables(params)).params
+def test_a_relation_to_no_class_is_not_a_number(float64, wrong):
+    learner, (start, state) = learners()["relation"], begun("relation")
     task = few_shot.task_of(few_shot.episodes(), 0)
     labels = task["query"]["labels"].copy()
     labels[0] = wrong
 
     @jax.jit
     def loss(labels):
-        adapted = learner.adapt(start, {}, {}, task["support"], KEY)
+        adapted = learner.adapt(start, {}, state, task["support"], KEY)
         query = {**task["query"], "labels": labels}
         return learner.query(adapted.params, {}, adapted.model_state, query, KEY)[0]
 
