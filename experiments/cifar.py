@@ -148,9 +148,7 @@ def subset(labels: jax.Array, count: int, seed: int, root: int = 0) -> np.ndarra
     Raises:
         ValueError: a class has fewer.
     """
-    generator = np.random.default_rng(
-        (seed, count, root)
-    )  # a root of 0 changes nothing
+    generator = np.random.default_rng((seed, count, root))  # of 0 as without it
     labels = np.asarray(labels)
     classes = [np.flatnonzero(labels == c) for c in range(labels.max() + 1)]
     fewest = min(map(len, classes))

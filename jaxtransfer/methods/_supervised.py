@@ -60,7 +60,7 @@ def task_loss(
 
 def _of_classes(outputs: Any, labels: jax.Array) -> bool:
     """Whether labels can be classes: one for the several outputs of a place."""
-    shape = jnp.shape(outputs)
+    shape = getattr(outputs, "shape", ())  # a tree of outputs has none
     return labels.shape == shape[:-1] and shape[-1:] > (1,)
 
 

@@ -83,8 +83,9 @@ def train_step(
         axis_name: name of the device axis if the step runs under
             :func:`~jaxtransfer.parallel.pmap_step` or
             :func:`~jaxtransfer.parallel.shard_map_step`: gradients, model state and
-            metrics are reduced over it. Leave it out for ``jit``, on one device or
-            over a mesh.
+            metrics are reduced over it: the mean, of integers the largest. A memory
+            in the model state must be the same on all devices (``axis_name`` of what
+            writes it). Leave it out for ``jit``, on one device or over a mesh.
         after_update: called with the new state, e.g. for a moving average, which it
             keeps in ``model_state``.
 
