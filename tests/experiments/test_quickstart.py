@@ -13,7 +13,7 @@ SMOKE = quickstart.PRESETS["smoke"]
 
 @pytest.mark.slow
 def test_smoke_has_five_ways_and_begins_alike_again(tmp_path, capsys, monkeypatch):
-    """Again: the first three ways; the other two repeat in the tests of their studies."""
+    """Again: three ways; the other two repeat in the tests of their studies."""
     config = dataclasses.replace(SMOKE, run_dir=tmp_path)
     first = quickstart.main(config)
     assert all(len(row.values) == config.seeds for row in first)
