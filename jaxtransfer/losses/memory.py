@@ -14,12 +14,7 @@ def gathered(axis_name: str | None, *arrays: Any) -> Any:
     """The rows of all devices of an axis, in their order; as they are without one."""
     if axis_name is None:
         return arrays
-    return tuple(
-        None
-        if rows is None
-        else jax.lax.all_gather(jnp.asarray(rows), axis_name, tiled=True)
-        for rows in arrays
-    )
+    return jax.lax.all_gather(arrays, axis_name, tiled=True)
 
 
 def checked_indices(name, indices, shape, examples, where):

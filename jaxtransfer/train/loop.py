@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import warnings
@@ -84,23 +85,15 @@ def _nothing() -> Any:
     return {}, np.int32(0), np.int32(-1)
 
 
-@jax.jit
-def _all_finite(arrays: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="unwritten")
+def _all_finite(arrays: Any, *, unwritten: bool = False) -> jax.Array:
+    """Whether all are finite; or minus infinity, as in a memory not yet written."""
     finite = jnp.array(True)
     for leaf in jax.tree.leaves(arrays):
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            finite &= jnp.all(jnp.isfinite(leaf))
+            allowed = (leaf == -jnp.inf) if unwritten else False
+            finite &= jnp.all(jnp.isfinite(leaf) | allowed)
     return finite
-
-
-@jax.jit
-def _all_numbers(arrays: Any) -> jax.Array:
-    """Whether all are finite or, as in a memory not yet written, minus infinity."""
-    numbers = jnp.array(True)
-    for leaf in jax.tree.leaves(arrays):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            numbers &= jnp.all(jnp.isfinite(leaf) | (leaf == -jnp.inf))
-    return numbers
 
 
 def fit(
@@ -221,7 +214,8 @@ def fit(
             return
         fetch()
         check(logged, sums[2])
-        if not bool(_all_finite(state.params) & _all_numbers(state.model_state)):
+        sound = _all_finite(state.params)
+        if not bool(sound & _all_finite(state.model_state, unwritten=True)):
             raise _not_finite(done, checkpointer, what="parameters or model state")
         if checkpointer is not None:
             checkpointer.save(done, state, batches, force=force)
