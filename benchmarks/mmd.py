@@ -157,10 +157,20 @@ def limit(size) -> float:
     """
     n, m, features = size
     pairs = n * (n + 1) / 2 + m * (m + 1) / 2 + n * m
-    square = jnp.ones((2048, 2048), jnp.float32)
-    flops = 2.0 * 2048**3 / fastest(jax.jit(jnp.matmul), square, square)
-    exponentials = square.size / fastest(jax.jit(jnp.exp), square)
+    flops, exponentials = rates()
     return pairs * (6.0 * features / flops + len(RATIOS) / exponentials)
+
+
+@functools.cache
+def rates() -> tuple[float, float]:
+    """FLOP of products in float32 and exponentials, a second."""
+    square = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+    flops = 2.0 * 2048**3 / fastest(product, square, square)
+    # Several of a number, as in the loss: those of one wait for a GPU's memory.
+    numbers = jnp.linspace(-1.0, 0.0, 1 << 26, dtype=jnp.float32)
+    kernels = jax.jit(lambda x: sum(jnp.exp(x / ratio) for ratio in RATIOS))
+    return flops, len(RATIOS) * numbers.size / fastest(kernels, numbers)
 
 
 def fastest(run, *arguments) -> float:
@@ -181,9 +191,9 @@ def main() -> None:
         from benchmarks import pytorch
 
         pytorch.set_precision("float32")
-    seconds, ratio, memory, best = {}, {}, {}, {}
+    seconds, ratio, best = {}, {}, {}
     for size in SMALL + LARGE:
-        name = " x ".join(map(str, size))
+        name = name_of(size)
         calls = {
             key: make(form, size) for key, (make, form) in candidates(size).items()
         }
@@ -193,13 +203,17 @@ def main() -> None:
         print(name, ratio[name], flush=True)
         if size in LARGE:
             best[name] = limit(size) / times["losses.mmd"]
-            memory[name] = {
-                key: in_fresh_process(peak_of, *call, size)
-                for key, call in candidates(size).items()
-            }
-    name = " x ".join(map(str, HUGE))
+    name = name_of(HUGE)
     seconds[f"{name}: losses.mmd"] = fastest_of_one(compiled(library, HUGE))
     best[name] = limit(HUGE) / seconds[f"{name}: losses.mmd"]
+    print("timed; memory and errors follow", flush=True)
+    memory = {
+        name_of(size): {
+            key: in_fresh_process(peak_of, *call, size)
+            for key, call in candidates(size).items()
+        }
+        for size in LARGE
+    }
     memory[name] = {"losses.mmd": in_fresh_process(peak_of, compiled, library, HUGE)}
     errors = {
         key: relative_error(form, (4096, 4096, 79))
@@ -215,6 +229,10 @@ def main() -> None:
         torch=importlib.metadata.version("torch") if HAS_TORCH else None,
         json_file=options.json,
     )
+
+
+def name_of(size: tuple[int, int, int]) -> str:
+    return " x ".join(map(str, size))
 
 
 def fastest_of_one(run) -> float:

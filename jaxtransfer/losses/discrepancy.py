@@ -44,8 +44,8 @@ def maximum_mean_discrepancy(
     ``mean K(s, s') + mean K(t, t') - 2 mean K(s, t)`` with
     ``K(x, y) = sum_k w_k exp(-|x - y|^2 / (r_k b))``. By default b is the mean squared
     distance between distinct rows of both sets together, held constant in the gradient.
-    Sets of any size: beyond 512 rows of a side the pairs are taken in tiles, value and
-    gradient in one pass, and no matrix of all of them is held.
+    Sets of any size: beyond 512 rows of a side (2048 on a GPU) the pairs are taken in
+    tiles, value and gradient in one pass, and no matrix of all of them is held.
 
     Args:
         source: Features [n, features].

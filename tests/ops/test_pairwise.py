@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,31 @@ def _sharded(transformation):
     # As of any sum over the devices: the gradient of what all of them return.
     whole = [g.reshape(-1, 5) / 8 for g in gradients]
     return (value[0], tuple(whole)), expected
+
+
+def _largest_square(n, m):
+    """Side of it in the gradient, and whether that has a loop."""
+    sets = [jax.ShapeDtypeStruct((rows, 8), jnp.float32) for rows in (n, m)]
+    traced = str(jax.make_jaxpr(jax.grad(kernel_sum, (0, 1)))(*sets))
+    shapes = re.findall(r"f32\[(\d+),(\d+)\]", traced)
+    return max(int(a) for a, b in shapes if a == b), "scan" in traced
+
+
+def test_tiles_are_even_unless_their_size_is_given(float64):
+    arrays = [jnp.asarray(array) for array in _sets(600, 90)]
+    np.testing.assert_allclose(
+        _tiled(None)(*arrays), _combined_twin(*arrays), rtol=1e-12
+    )
+    assert _largest_square(512, 300) == (512, False)
+    assert _largest_square(600, 90) == (304, True)
+    assert _largest_square(300, 1025) == (352, True)
+
+
+def test_tiles_are_larger_where_small_steps_take_as_long(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert _largest_square(2048, 1000) == (2048, False)
+    assert _largest_square(8192, 5000) == (4096, True)
+    assert _largest_square(4500, 4097) == (2256, True)
 
 
 @pytest.mark.parametrize("transformation", ["jit", "shard_map", "pmap"])
