@@ -183,7 +183,7 @@ def test_divided_over_devices_is_one_device(options):
     random = np.random.default_rng(0)
     source = jnp.asarray(random.standard_normal((64, 5)), jnp.float32)
     target = jnp.asarray(random.standard_normal((48, 5)) + 0.5, jnp.float32)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split = PartitionSpec("data")
 
     def run(axis_name):

@@ -132,7 +132,9 @@ def test_a_class_of_no_probability_counts_nothing():
 
 
 def test_means_over_devices_are_the_whole():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
     inputs = np.tile(INPUTS[:4], (4, 1)).astype(np.float32)
 
     def run(params, inputs):
