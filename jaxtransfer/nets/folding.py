@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,20 +82,24 @@ class FoldedBatchNorm(nn.Module):
 
         Args:
             inputs: [batch, *spatial, channels], of the convolution.
-            conv: The convolution, with parameters and without dilation or groups.
+            conv: The convolution, with parameters, zeros as padding ("SAME", "VALID",
+                widths) and without dilation or groups.
 
         Returns:
             [batch, *spatial, features].
 
         Raises:
-            ValueError: If the convolution has dilation or groups.
+            ValueError: If the convolution has dilation, groups or another padding.
         """
         dilations = conv.input_dilation, conv.kernel_dilation
-        if conv.feature_group_count != 1 or any(_dilates(x) for x in dilations):
+        special = conv.padding in ("CIRCULAR", "REFLECT", "CAUSAL")
+        grouped = conv.feature_group_count != 1
+        if grouped or special or any(_dilates(x) for x in dilations):
             raise ValueError(
-                "conv must have no dilation and no groups, got input_dilation, "
-                f"kernel_dilation={dilations}, feature_group_count="
-                f"{conv.feature_group_count}; use flax.linen.BatchNorm after it."
+                "conv must have no dilation and no groups, and zeros as padding, got "
+                f"input_dilation, kernel_dilation={dilations}, feature_group_count="
+                f"{conv.feature_group_count}, padding={conv.padding!r}; use "
+                "flax.linen.BatchNorm after it."
             )
         given = conv.variables["params"]
         features = conv.features
@@ -102,12 +107,19 @@ class FoldedBatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, (features,))
         scale = self.param("scale", nn.initializers.ones, (features,))
         offset = self.param("bias", nn.initializers.zeros, (features,))
-        *window, _, _ = given["kernel"].shape
-        patches = extract_patches(
-            jnp.asarray(inputs), window, strides=conv.strides or 1, padding=conv.padding
+        kernel = given["kernel"]
+        *window, _, _ = kernel.shape
+        if conv.mask is not None:
+            kernel = kernel * conv.mask
+        bias = given["bias"] if conv.use_bias else jnp.zeros(features, kernel.dtype)
+        promoted: Any = conv.promote_dtype(
+            jnp.asarray(inputs), kernel, bias, dtype=conv.dtype
         )
-        kernel = given["kernel"].reshape(-1, features)
-        bias = given["bias"] if conv.use_bias else jnp.zeros_like(kernel[0])
+        x, kernel, bias = promoted
+        patches = extract_patches(
+            x, window, strides=conv.strides or 1, padding=conv.padding
+        )
+        kernel = kernel.reshape(-1, features)
         if self.use_running_average:
             shift, variance = bias - mean.value, var.value
         else:

@@ -20,7 +20,7 @@ def _conv_general_dilated(
     dimension_numbers=None,
     feature_group_count=1,
     precision=None,
-    **_,
+    **others,
 ):
     del dimension_numbers  # Flax layers are always channels last.
     dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
@@ -29,6 +29,11 @@ def _conv_general_dilated(
             "PatchConv has no dilation and no groups, got input_dilation="
             f"{lhs_dilation}, kernel_dilation={rhs_dilation}, feature_group_count="
             f"{feature_group_count}; use the Conv of Flax for those."
+        )
+    given = {name: value for name, value in others.items() if value is not None}
+    if given:
+        raise ValueError(
+            f"PatchConv has no {', '.join(given)}, got {given}; use the Conv of Flax."
         )
     return conv(inputs, kernel, strides=strides, padding=padding, precision=precision)
 
@@ -90,13 +95,13 @@ def NNXPatchConv(
         strides: Step of the window, one for all or one per spatial axis.
         rngs: Where the initial values come from.
         **options: The other arguments of `flax.nnx.Conv`: ``padding``, ``use_bias``,
-            ... No dilation and no groups.
+            ... No dilation, no groups and no ``preferred_element_type``.
 
     Returns:
         The module.
 
     Raises:
-        ValueError: When called on inputs, if it has dilation or groups.
+        ValueError: When called on inputs, if it has one of those.
 
     Example:
         >>> import jax.numpy as jnp

@@ -16,7 +16,7 @@ class TaskNorm(nn.Module):
     :math:`\mu_x, \sigma_x^2` over the positions of one image, and
     :math:`\alpha = \mathrm{sigmoid}(a |S| + b)` learned. In training mode the batch is
     the support set and its moments are kept in the state; in evaluation mode those of
-    the state are used, so an image is judged alone.
+    the state are used, so an image is judged alone. Moments are in float32 at least.
 
     Attributes:
         use_running_average: evaluation mode.
@@ -42,6 +42,7 @@ class TaskNorm(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Normalise ``[batch, height, width, channels]``."""
         channels = inputs.shape[-1]
+        dtype = jnp.promote_types(inputs.dtype, jnp.float32)
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         var = self.variable("batch_stats", "var", jnp.ones, (channels,))
@@ -49,13 +50,13 @@ class TaskNorm(nn.Module):
         if self.use_running_average:
             of_set, spread, rows = mean.value, var.value, size.value
         else:
-            of_set = jnp.mean(inputs, axis=(0, 1, 2))
-            spread = jnp.var(inputs, axis=(0, 1, 2))
+            of_set = jnp.mean(inputs, axis=(0, 1, 2), dtype=dtype)
+            spread = jnp.var(inputs, axis=(0, 1, 2), dtype=dtype)
             rows = jnp.asarray(float(len(inputs)))
             if not self.is_initializing():
                 mean.value, var.value, size.value = of_set, spread, rows
-        own = jnp.mean(inputs, axis=(1, 2), keepdims=True)
-        own_spread = jnp.var(inputs, axis=(1, 2), keepdims=True)
+        own = jnp.mean(inputs, axis=(1, 2), keepdims=True, dtype=dtype)
+        own_spread = jnp.var(inputs, axis=(1, 2), keepdims=True, dtype=dtype)
         slope = self.param("blend_slope", zeros, ())
         offset = self.param("blend_offset", zeros, ())
         blend = jax.nn.sigmoid(slope * rows + offset)
@@ -65,7 +66,8 @@ class TaskNorm(nn.Module):
         scale = self.param("scale", ones, (channels,))
         bias = self.param("bias", zeros, (channels,))
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale
-        return (inputs - centre) * factor + bias
+        outputs = (inputs - centre) * factor + bias
+        return outputs.astype(jnp.result_type(inputs, scale, bias))
 
 
 __all__ = ["TaskNorm"]

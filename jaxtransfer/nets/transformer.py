@@ -143,7 +143,9 @@ class Transformer(nn.Module):
     """Encoder–decoder Transformer with normalisation before each layer.
 
     Source and target share one vocabulary and one matrix of embeddings, which is the
-    output matrix too; positions are sinusoids. Padded tokens are attended by none.
+    output matrix too; positions are sinusoids. Padding of the source is attended by
+    none, unless the source is nothing else. A token of the target attends to itself and
+    all before it, padding or not: there padding must come last.
     Modules: ``encoder_0/attention``, …, ``decoder_0/cross``, …, ``encoder_norm``,
     ``decoder_norm``, ``embedding``.
 

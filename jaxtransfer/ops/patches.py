@@ -3,17 +3,20 @@
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxtransfer.ops.winograd import winograd_conv
 
 Algorithm = Literal["auto", "patches", "winograd"]
 Padding = str | int | Sequence[int | tuple[int, int]]
+_NAMED = ("SAME", "SAME_LOWER", "VALID")
 
 
 def conv(
@@ -35,11 +38,13 @@ def conv(
         inputs: [..., *spatial, channels]; the kernel says how many spatial axes.
         kernel: [*window, channels, features].
         strides: Step of the window, one for all or one per spatial axis.
-        padding: "SAME", "VALID", one width, or a width or (before, after) per axis.
+        padding: "SAME", "SAME_LOWER", "VALID", one width, or a width or (before, after)
+            per axis.
         precision: Precision of the product, as in ``jax.numpy.matmul``.
         algorithm: "patches": all patches times the kernel, one product. "winograd":
             see `winograd_conv`; 3x3 windows of step 1 only. "auto": that one on a CPU
-            where it is faster (at least 16 channels and features, 4x4 outputs).
+            where it is faster (at least 16 channels and features, 4x4 outputs) and as
+            exact (float32 or wider).
 
     Returns:
         [..., *spatial, features].
@@ -77,7 +82,8 @@ def conv(
             f"{tuple(window)} and strides of {strides}."
         )
     large = min(channels, features) >= 16 and min(sizes) >= 4
-    wins = possible and large and jax.default_backend() == "cpu"
+    exact = _is_wide(inputs) and _is_wide(kernel)
+    wins = possible and large and exact and jax.default_backend() == "cpu"
     if algorithm == "winograd" or (algorithm == "auto" and wins):
         return winograd_conv(inputs, kernel, precision=precision)
 
@@ -99,7 +105,8 @@ def extract_patches(
         inputs: [..., *spatial, channels].
         window: Size of the window per spatial axis.
         strides: Step of the window, one for all or one per spatial axis.
-        padding: "SAME", "VALID", one width, or a width or (before, after) per axis.
+        padding: "SAME", "SAME_LOWER", "VALID", one width, or a width or (before, after)
+            per axis.
 
     Returns:
         [..., *spatial, columns]: the values under the window, row by row, channels
@@ -121,6 +128,11 @@ def extract_patches(
         )
     inputs, strides, sizes = _padded(inputs, window, strides, padding)
     return _columns(inputs, window, strides, sizes)
+
+
+def _is_wide(array):
+    """Whether its dtype is float32 or wider: no integers, no half precision."""
+    return jnp.result_type(array, jnp.float32) == jnp.result_type(array)
 
 
 def _padded(inputs, window, strides, padding):
@@ -170,7 +182,9 @@ def max_pool(
     Args:
         inputs: [..., height, width, channels].
         window: Height and width of the window, or one number for both.
-        padding: "VALID" drops an incomplete last window, "SAME" keeps it.
+        padding: "VALID" drops an incomplete last window; "SAME" completes it, one half
+            in front and one behind, the odd row or column behind ("SAME_LOWER": in
+            front).
 
     Returns:
         [..., height_out, width_out, channels].
@@ -189,17 +203,16 @@ def max_pool(
             f"inputs must be [..., height, width, channels], got shape {inputs.shape}."
         )
     *lead, height, width, channels = inputs.shape
-    if padding == "SAME":
-        fill = [(0, -size % w) for size, w in zip((height, width), window, strict=True)]
-        lowest = jnp.finfo(inputs.dtype).min
-        inputs = jnp.pad(
-            inputs,
-            [(0, 0)] * len(lead) + fill + [(0, 0)],
-            constant_values=lowest,
+    if str(padding).upper() not in _NAMED:
+        raise ValueError(
+            f'padding must be "SAME", "SAME_LOWER" or "VALID", got {padding!r}.'
         )
+    fill = _pads(padding, (height, width), window, window)
+    if any(map(any, fill)):
+        # With copies of the edge, which lies in the same window: no new maximum.
+        pads = [(0, 0)] * len(lead) + fill + [(0, 0)]
+        inputs = jnp.pad(inputs, pads, mode="edge")
         height, width = inputs.shape[-3:-1]
-    elif padding != "VALID":
-        raise ValueError(f'padding must be "SAME" or "VALID", got {padding!r}.')
     rows, columns = height // window[0], width // window[1]
     if not rows or not columns:
         raise ValueError(
@@ -221,8 +234,17 @@ def _largest(values, axis):
     return functools.reduce(larger, parts)
 
 
+def _integers(value: Any, rank: int) -> tuple[int, ...]:
+    """One integer so many times, or the integers given; none if it is neither."""
+    try:
+        values = value if np.iterable(value) else (value,) * rank
+        return tuple(map(operator.index, values))
+    except TypeError:
+        return ()
+
+
 def _per_axis(value, rank, name):
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    values = _integers(value, rank)
     if len(values) != rank or min(values) < 1:
         raise ValueError(
             f"{name} must be a positive integer or {rank} of them, got {value!r}."
@@ -232,15 +254,22 @@ def _per_axis(value, rank, name):
 
 def _pads(padding, spatial, window, strides):
     if isinstance(padding, str):
-        if padding not in ("SAME", "VALID"):
+        if padding.upper() not in _NAMED:
             raise ValueError(
-                f'padding must be "SAME", "VALID" or widths, got {padding!r}.'
+                'padding must be "SAME", "SAME_LOWER", "VALID" or widths, got '
+                f"{padding!r}."
             )
         return list(jax.lax.padtype_to_pads(spatial, window, strides, padding))
-    widths = (padding,) * len(window) if isinstance(padding, int) else tuple(padding)
+    widths = tuple(padding) if np.iterable(padding) else (padding,) * len(window)
     if len(widths) != len(window):
         raise ValueError(
             f"padding must have one entry per spatial axis ({len(window)}), got "
             f"{padding!r}."
         )
-    return [(w, w) if isinstance(w, int) else tuple(w) for w in widths]
+    pads = [_integers(width, 2) for width in widths]
+    if any(len(pad) != 2 or min(pad) < 0 for pad in pads):
+        raise ValueError(
+            "padding must be widths, or (before, after), of 0 or more, got "
+            f"{padding!r}; slice the inputs to drop some."
+        )
+    return pads

@@ -116,6 +116,26 @@ def test_equal_images_and_half_precision_stay_finite():
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((gradient, state)))
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_the_mask_and_the_dtype_of_the_convolution_hold(train):
+    inputs = jax.random.normal(KEY, (2, 4, 4, 2))
+    mask = jax.random.bernoulli(KEY, 0.5, (2, 2, 2, 5)).astype(jnp.float32)
+    plain = Folded({"kernel_size": (2, 2)})
+    net = Folded({"kernel_size": (2, 2), "mask": mask, "dtype": jnp.bfloat16})
+    start = filled(plain.init(KEY, inputs))
+
+    def outputs(net, start, inputs):
+        return net.apply(start, inputs, train=train, mutable=["batch_stats"])
+
+    def rounded(x):
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    conv = start["params"]["conv"]
+    conv = {"kernel": rounded(conv["kernel"] * mask), "bias": rounded(conv["bias"])}
+    same = {**start, "params": {**start["params"], "conv": conv}}
+    close(outputs(net, start, inputs), outputs(plain, same, rounded(inputs)), 1e-6)
+
+
 # --- in Conv4 -------------------------------------------------------------------------
 
 
@@ -153,9 +173,10 @@ def test_the_first_block_of_conv4_is_folded_and_nothing_shows(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"kernel_dilation": 2}, {"feature_group_count": 2}]
+    "options",
+    [{"kernel_dilation": 2}, {"feature_group_count": 2}, {"padding": "CIRCULAR"}],
 )
-def test_dilation_and_groups_are_refused(options):
+def test_dilation_groups_and_other_paddings_are_refused(options):
     conv = nn.Conv(4, (3, 3), **options)
     variables = {"params": conv.init(KEY, jnp.ones((1, 8, 8, 2)))["params"]}
     norm = nets.FoldedBatchNorm(use_running_average=False)

@@ -44,6 +44,19 @@ def test_it_blends_the_moments_of_the_support_and_of_an_image():
     )
 
 
+def test_half_precision_leaves_the_state_in_float32():
+    layer = nets.TaskNorm(use_running_average=False)
+    half = ARRAY.astype(jnp.bfloat16)
+    variables = layer.init(KEY, half)
+    outputs, state = layer.apply(variables, half, mutable=["batch_stats"])
+    wide = layer.apply(variables, half.astype(jnp.float32), mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, (outputs, state), wide)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"])
+    evaluated = nets.TaskNorm(True).apply({"params": narrow, **state}, half)
+    assert evaluated.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("norm", ["batch", "group", "layer", "task", "none"])
 def test_conv4_takes_each_norm(norm):
     model = from_linen(nets.Conv4(3, filters=4, norm=norm))

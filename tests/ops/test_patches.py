@@ -1,5 +1,6 @@
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,18 @@ def test_winograd_is_no_less_exact_than_lax_and_costs_less():
     assert flops["auto"] == flops["winograd"] < 0.55 * flops["patches"]
 
 
+def test_winograd_is_chosen_in_float32_or_wider_only():
+    """In half precision it is less exact, and integers it would halve."""
+    conv = inspect.unwrap(ops.conv)
+    dtypes = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32]
+    for one, other in itertools.product(dtypes, dtypes):
+        inputs, kernel = jnp.ones((6, 6, 16), one), jnp.ones((3, 3, 16, 16), other)
+        program = str(jax.make_jaxpr(conv)(inputs, kernel))
+        wide = one == other == jnp.float32
+        assert program.count("dot_general") == (16 if wide else 1)
+        assert jax.eval_shape(conv, inputs, kernel).dtype == jnp.result_type(one, other)
+
+
 def test_winograd_refuses_other_windows(types_unchecked):
     with pytest.raises(ValueError, match="3x3 windows of step 1"):
         ops.conv(_inputs(), _inputs((3, 3, 3, 4)), strides=2, algorithm="winograd")
@@ -129,21 +142,51 @@ def test_conv_says_what_is_wrong():
         conv(inputs, jnp.ones((9, 9, 3, 4)), padding="VALID")
     with pytest.raises(ValueError, match="kernel must be"):
         conv(inputs, jnp.ones((3, 4)))
+    for padding in (-1, ((0, 0), (1, -1)), 0.5, ((1, 1, 1), 0)):
+        with pytest.raises(ValueError, match="padding must be widths, .* of 0 or more"):
+            conv(inputs, jnp.ones((3, 3, 3, 4)), padding=padding)
 
 
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-@pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 7)])
-def test_max_pool_equals_flax(padding, height, width):
+def test_integers_of_numpy_are_integers(types_unchecked):
+    inputs, kernel = _inputs((5, 6, 3)), _inputs((3, 3, 3, 4), 1)
+    two = np.int64(2)
+    np.testing.assert_array_equal(
+        ops.conv(inputs, kernel, strides=two, padding=two),
+        ops.conv(inputs, kernel, strides=2, padding=2),
+    )
+    np.testing.assert_array_equal(
+        ops.max_pool(inputs, window=two), ops.max_pool(inputs)
+    )
+    with pytest.raises(ValueError, match="window must be a positive integer or 2"):
+        ops.max_pool(inputs, window=2.0)
+
+
+@pytest.mark.parametrize(
+    ("padding", "window", "height", "width"),
+    [
+        ("SAME", 2, 4, 6),
+        ("SAME", 2, 5, 7),
+        ("VALID", 2, 4, 6),
+        ("VALID", 2, 5, 7),
+        ("SAME", 3, 7, 4),
+        ("same_lower", 4, 5, 2),
+    ],
+)
+def test_max_pool_equals_flax(padding, window, height, width):
     inputs = _inputs((2, height, width, 3)) - 5.0
+    inputs = inputs.at[0, 0].set(-jnp.inf)
 
     def total(pool, x):
         out = pool(x)
-        return jnp.sum(jnp.sin(out)), out
+        return jnp.sum(jnp.exp(out)), out
 
     theirs = functools.partial(
-        nn.max_pool, window_shape=(2, 2), strides=(2, 2), padding=padding
+        nn.max_pool,
+        window_shape=(window, window),
+        strides=(window, window),
+        padding=padding,
     )
-    ours = functools.partial(ops.max_pool, padding=padding)
+    ours = functools.partial(ops.max_pool, window=window, padding=padding)
     results = [
         jax.grad(functools.partial(total, pool), has_aux=True)(inputs)
         for pool in (ours, theirs)
@@ -168,6 +211,7 @@ OPTIONS = [
     {"strides": 2},
     {"padding": "VALID", "use_bias": False},
     {"padding": 1, "strides": (2, 1)},
+    {"padding": "same_lower", "strides": 2},
     {"padding": "CIRCULAR"},
     {"dtype": jnp.bfloat16},
 ]
@@ -203,7 +247,17 @@ def test_nnx_layer_is_a_drop_in(options):
     )
 
 
+def test_max_pool_pads_integers_too(types_unchecked):
+    pooled = ops.max_pool(jnp.full((3, 3, 1), -5), padding="SAME")
+    assert pooled.dtype == jnp.int32
+    assert pooled.ravel().tolist() == [-5] * 4
+
+
 def test_layers_refuse_what_they_lack():
     for options in ({"kernel_dilation": 2}, {"feature_group_count": 3}):
         with pytest.raises(ValueError, match="PatchConv has no dilation and no groups"):
             PatchConv(3, (3, 3), **options).init(jax.random.key(0), _inputs())
+    options = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32}
+    layer = NNXPatchConv(3, 4, (3, 3), **options, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="PatchConv has no preferred_element_type"):
+        layer(_inputs())
