@@ -9,13 +9,14 @@ selects everything under ``head``).
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 Rules = str | Sequence[str]
+Keys = tuple[str, ...]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,9 +35,14 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
         >>> flatten({"head": {"kernel": 1, "bias": 2}})
         {'head/bias': 2, 'head/kernel': 1}
     """
-    leaves: dict[str, Any] = {}
+    return {"/".join(keys): leaf for keys, leaf in _leaves(tree).items()}
 
-    def visit(node: Any, path: tuple[str, ...]) -> None:
+
+def _leaves(tree: Mapping[str, Any]) -> dict[Keys, Any]:
+    """By their keys: one may have a ``/`` in it, as those of Linen's WeightNorm."""
+    leaves: dict[Keys, Any] = {}
+
+    def visit(node: Any, path: Keys) -> None:
         if isinstance(node, Mapping):
             for name in node:
                 if not isinstance(name, str):
@@ -47,7 +53,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
             for name in sorted(node):
                 visit(node[name], (*path, name))
         else:
-            leaves["/".join(path)] = node
+            leaves[path] = node
 
     visit(tree, ())
     return leaves
@@ -63,16 +69,19 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
         >>> unflatten({"head/bias": 2, "head/kernel": 1})
         {'head': {'bias': 2, 'kernel': 1}}
     """
+    return _nested({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
+
+
+def _nested(leaves: Mapping[Keys, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
+    for keys, leaf in leaves.items():
+        *parents, name = keys
         node = tree
         for depth, parent in enumerate(parents, 1):
-            above = "/".join(parents[:depth])
-            if above in leaves:
+            if keys[:depth] in leaves:
                 raise ValueError(
-                    f"path {above!r} is a leaf, and a branch with {path!r}; "
-                    "rename one of the two"
+                    f"path {'/'.join(keys[:depth])!r} is a leaf, and a branch with "
+                    f"{'/'.join(keys)!r}; rename one of the two"
                 )
             node = node.setdefault(parent, {})
         node[name] = leaf
@@ -153,11 +162,29 @@ def partition(
         >>> partition({"stem": {"w": 1}, "head": {"w": 2}}, "head")
         ({'head': {'w': 2}}, {'stem': {'w': 1}})
     """
-    leaves = flatten(tree)
-    chosen = match(rules, leaves)
-    trained = {path: leaf for path, leaf in leaves.items() if path in chosen}
-    held = {path: leaf for path, leaf in leaves.items() if path not in chosen}
-    return unflatten(trained), unflatten(held)
+    return divide(tree, match(rules, flatten(tree)))
+
+
+def divide(
+    tree: Mapping[str, Any], paths: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a tree in two by the paths of leaves.
+
+    Args:
+        tree: nested dict of arrays.
+        paths: those of the first part; what is no path of the tree is ignored.
+
+    Returns:
+        ``(chosen, others)``: nested dicts that hold each leaf exactly once.
+
+    Example:
+        >>> divide({"stem": {"w": 1}, "head": {"w": 2}}, ["head/w"])
+        ({'head': {'w': 2}}, {'stem': {'w': 1}})
+    """
+    parts: tuple[dict[Keys, Any], dict[Keys, Any]] = {}, {}
+    for keys, leaf in _leaves(tree).items():
+        parts["/".join(keys) not in paths][keys] = leaf
+    return _nested(parts[0]), _nested(parts[1])
 
 
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,16 +197,16 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
         >>> combine({"head": {"w": 2}}, {"stem": {"w": 1}})
         {'head': {'w': 2}, 'stem': {'w': 1}}
     """
-    leaves: dict[str, Any] = {}
+    leaves: dict[Keys, Any] = {}
     for tree in trees:
-        for path, leaf in flatten(tree).items():
-            if path in leaves:
+        for keys, leaf in _leaves(tree).items():
+            if keys in leaves:
                 raise ValueError(
-                    f"parameter {path!r} is both trained and held; "
+                    f"parameter {'/'.join(keys)!r} is both trained and held; "
                     "split the tree with tree.partition"
                 )
-            leaves[path] = leaf
-    return unflatten(leaves)
+            leaves[keys] = leaf
+    return _nested(leaves)
 
 
 def held_modules(
@@ -309,12 +336,15 @@ def map_with_path(
         >>> map_with_path(lambda path, leaf: f"{path}={leaf}", {"head": {"w": 1}})
         {'head': {'w': 'head/w=1'}}
     """
-    return unflatten({p: function(p, leaf) for p, leaf in flatten(tree).items()})
+    return _nested(
+        {keys: function("/".join(keys), leaf) for keys, leaf in _leaves(tree).items()}
+    )
 
 
 __all__ = [
     "Rules",
     "combine",
+    "divide",
     "fingerprint",
     "flatten",
     "held_modules",

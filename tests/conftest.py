@@ -76,7 +76,10 @@ def _compile_quickly() -> None:
     from jaxtransfer import parallel
 
     if hasattr(mlir, "make_ir_context"):
-        mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+        own = mlir.make_ir_context
+        shared = functools.cache(own)
+        # A program that is compiled while another is written down has its own.
+        mlir.make_ir_context = lambda: own() if mlir.ir.Context.current else shared()
     original = getattr(compiler, "get_compile_options", None)
     older = parallel.if_known("xla_cpu_use_fusion_emitters", False)
     whole = parallel.if_known("xla_cpu_parallel_codegen_split_count", 1)

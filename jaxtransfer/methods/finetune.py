@@ -52,12 +52,14 @@ def split(
         >>> sorted(trained.params), sorted(frozen["params"])
         (['head'], ['stem'])
     """
-    leaves, bare = tree.flatten(variables.params), _bare(variables)
-    chosen = tree.match(rules, [*leaves, *bare])
-    trained = {path: leaf for path, leaf in leaves.items() if path in chosen}
-    held = {p: leaf for p, leaf in (leaves | bare).items() if p not in chosen}
-    variables = Variables(tree.unflatten(trained), variables.model_state)
-    return variables, {"params": tree.unflatten(held)}
+    bare = _bare(variables)
+    chosen = tree.match(rules, [*tree.flatten(variables.params), *bare])
+    trained, held = tree.divide(variables.params, chosen)
+    for path in bare:
+        node = held
+        for name in path.split("/") if path not in chosen else ():
+            node = node.setdefault(name, {})
+    return Variables(trained, variables.model_state), {"params": held}
 
 
 def _bare(variables: Variables) -> dict[str, dict[str, Any]]:

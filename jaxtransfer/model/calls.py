@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtransfer import tree
-from jaxtransfer.typing import Inputs
+from jaxtransfer.typing import Inputs, Variables
 
-_ON_IN_TRAINING = ("train", "training", "is_training")
+_ON_IN_TRAINING = ("train", "training", "is_training", "update_stats")
 _OFF_IN_TRAINING = ("deterministic", "use_running_average")
 
 
@@ -30,29 +30,82 @@ def lies_under(path: str, held: tuple[str, ...]) -> bool:
     return any(path == top or path.startswith(f"{top}/") for top in held)
 
 
+def paths(name: str, given: tuple[str, ...]) -> tuple[str, ...]:
+    """The paths that an argument gives.
+
+    Raises:
+        TypeError: it is one string, whose letters would be paths.
+    """
+    if isinstance(given, str):
+        raise TypeError(f"{name}: got {given!r}; give a tuple of paths, ({given!r},)")
+    return tuple(given)
+
+
+def check_held(
+    held: tuple[str, ...], variables: Variables, every: Callable[[], list[str]]
+) -> None:
+    """Refuse paths to hold that no module has.
+
+    Args:
+        held: paths of modules.
+        variables: of the network.
+        every: paths of all modules, for those without variables.
+
+    Raises:
+        ValueError: a path names no module.
+    """
+    unknown = sorted({*held} - _owners(variables) - {""}) if held else []
+    if unknown and (unknown := [path for path in unknown if path not in every()]):
+        known = sorted({*every(), *_owners(variables)})
+        raise ValueError(
+            f"held: {unknown[0]!r} names no module; "
+            f"nearest: {tree.nearest(unknown[0], known)}"
+        )
+
+
+def _owners(variables: Variables) -> set[str]:
+    """Paths of the modules that have variables, or modules with some, below them."""
+    owners = set()
+    for part in (variables.params, *variables.model_state.values()):
+        for path in tree.flatten(part) if isinstance(part, Mapping) else ():
+            names = path.split("/")
+            owners |= {"/".join(names[:depth]) for depth in range(1, len(names))}
+    return owners
+
+
 def select_taps(
-    taps: tuple[str, ...], found: Mapping[str, Any], every: Callable[[], list[str]]
+    taps: tuple[str, ...],
+    found: Mapping[str, Any],
+    variables: Variables,
+    every: Callable[[], list[str]],
 ) -> dict[str, Any]:
     """What was found at the taps.
 
     Args:
         taps: paths of modules.
         found: outputs by path.
-        every: all paths that there are, for the error.
+        variables: of the network.
+        every: all paths that can be tapped, for the error.
 
     Returns:
         Outputs by tap.
 
     Raises:
-        ValueError: a tap names no module.
+        ValueError: a tap names no module, or one whose output is not seen.
     """
     missing = [tap for tap in taps if tap not in found]
     if missing:
-        paths = every()
+        known = every()
+        if missing[0] in {*known, *_owners(variables)}:
+            raise ValueError(
+                f"tap {missing[0]!r} names no module whose output is seen: it is not "
+                "called, or by another method than __call__, or within nn.scan or "
+                "nn.vmap without 'intermediates' in variable_axes"
+            )
         raise ValueError(
             f"tap {missing[0]!r} names no module; "
-            f"nearest: {tree.nearest(missing[0], paths)}; "
-            f"all: {', '.join(paths)}"
+            f"nearest: {tree.nearest(missing[0], known)}; "
+            f"all: {', '.join(known)}"
         )
     return {tap: found[tap] for tap in taps}
 

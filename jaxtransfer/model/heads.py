@@ -6,8 +6,10 @@ from typing import Any
 import jax
 
 from jaxtransfer import prng
-from jaxtransfer.model.calls import lies_under
+from jaxtransfer.model.calls import lies_under, paths
 from jaxtransfer.typing import Inputs, Model, ModelState, Variables
+
+_PARTS = "backbone", "head"
 
 
 def _below(paths: tuple[str, ...], part: str) -> tuple[str, ...]:
@@ -67,22 +69,24 @@ def with_head(backbone: Model, head: Model, *, tap: str | None = None) -> Model:
         held: tuple[str, ...] = (),
     ) -> tuple[Any, dict[str, Any], ModelState]:
         params, state = variables
-        astray = [tap for tap in taps if not lies_under(tap, ("backbone", "head"))]
-        if astray:
-            raise ValueError(
-                f"tap {astray[0]!r} must begin with 'backbone/' or 'head/'"
-            )
+        taps, held = paths("taps", taps), paths("held", held)
+        for name, given in (("tap", taps), ("held:", {*held} - {""})):
+            astray = [path for path in given if not lies_under(path, _PARTS)]
+            if astray:
+                raise ValueError(
+                    f"{name} {astray[0]!r} must begin with 'backbone/' or 'head/'"
+                )
         keys = {"backbone": None, "head": None}
         if key is not None:
             keys = {part: prng.stream(key, part) for part in keys}
-        lower = _below(tuple(tap for tap in taps if tap), "backbone")
+        lower = _below(taps, "backbone")
         output, features, backbone_state = backbone.apply(
             Variables(params.get("backbone", {}), state.get("backbone", {})),
             inputs,
             train=train,
             key=keys["backbone"],
             taps=tuple({*own_taps, *lower} - {""}),
-            held=_below(tuple(held), "backbone"),
+            held=_below(held, "backbone"),
         )
         features = {**features, "": output}
         result, head_features, head_state = head.apply(
@@ -91,7 +95,7 @@ def with_head(backbone: Model, head: Model, *, tap: str | None = None) -> Model:
             train=train,
             key=keys["head"],
             taps=tuple(set(_below(taps, "head")) - {""}),
-            held=_below(tuple(held), "head"),
+            held=_below(held, "head"),
         )
         head_features = {**head_features, "": result}
         found = {

@@ -10,9 +10,11 @@ import jax
 
 from jaxtransfer import prng
 from jaxtransfer.model.calls import (
+    check_held,
     lies_under,
     mode_arguments,
     outputs_by_path,
+    paths,
     positional,
     select_taps,
 )
@@ -43,8 +45,9 @@ def _hold(held: tuple[str, ...]) -> Callable[..., Any]:
     ) -> Any:
         module = context.module
         is_held = lies_under("/".join(module.path), held)
-        call = getattr(type(module), context.method_name)
-        if not is_held or context.method_name == "setup":
+        # A lifted call has the name of a function; the method within it comes after.
+        call = getattr(type(module), context.method_name, None)
+        if not is_held or call is None or context.method_name == "setup":
             return following(*args, **kwargs)
         fields = {
             name: value
@@ -62,7 +65,10 @@ def _hold(held: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _sown(
-    module: nn.Module, collections: Mapping[str, Any], inputs: Inputs
+    module: nn.Module,
+    collections: Mapping[str, Any],
+    inputs: Inputs,
+    rngs: Mapping[str, jax.Array],
 ) -> list[str]:
     """The collections that grow with each call, as those that `sow` appends to do."""
 
@@ -76,7 +82,7 @@ def _sown(
     mode = mode_arguments(type(module).__call__, False)
     _, after = jax.eval_shape(
         lambda given: module.apply(
-            given, *positional(inputs), **mode, mutable=likely, rngs={}
+            given, *positional(inputs), **mode, mutable=likely, rngs=dict(rngs)
         ),
         dict(collections),
     )
@@ -90,11 +96,11 @@ def from_linen(
     """Wrap a Linen module as a :class:`~jaxtransfer.typing.Model`.
 
     Training mode reaches the module through whichever of the arguments ``train``,
-    ``training``, ``is_training``, ``deterministic`` and ``use_running_average`` its
-    ``__call__`` has. Taps are module paths (``"block1/conv"``); a module that is
-    called several times is tapped at its last call. Under ``jit`` what lies behind
-    the last value that is used is not computed. What a module sows is an output, not
-    state, and is not kept.
+    ``training``, ``is_training``, ``update_stats``, ``deterministic`` and
+    ``use_running_average`` its ``__call__`` has. Taps are module paths
+    (``"block1/conv"``); a module that is called several times is tapped at its last
+    call. Under ``jit`` what lies behind the last value that is used is not computed.
+    What a module sows is an output, not state, and is not kept.
 
     Args:
         module: unbound Linen module; called as ``module(inputs)``, or as
@@ -102,7 +108,8 @@ def from_linen(
         key_streams: names of the random streams the module draws from.
 
     Returns:
-        The model. ``apply`` raises ``ValueError`` for a tap that does not exist.
+        The model. ``apply`` raises ``ValueError`` for a tap or a held module that does
+        not exist, ``TypeError`` for a string in place of a tuple of them.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -122,7 +129,7 @@ def from_linen(
         collections = dict(nn.meta.unbox(collections))
         collections.pop("intermediates", None)
         params = collections.pop("params", {})
-        for name in _sown(module, {"params": params, **collections}, inputs):
+        for name in _sown(module, {"params": params, **collections}, inputs, rngs):
             del collections[name]
         return Variables(params, collections)
 
@@ -158,11 +165,19 @@ def from_linen(
         taps: tuple[str, ...] = (),
         held: tuple[str, ...] = (),
     ) -> tuple[Any, dict[str, Any], ModelState]:
-        taps = tuple(taps)
+        taps, held = paths("taps", taps), paths("held", held)
 
         def wanted(tapped: nn.Module, method: str) -> bool:
             return method == "__call__" and "/".join(tapped.path) in taps
 
+        def every() -> list[str]:
+            any_key = jax.random.key(0)
+            _, all_of_it = jax.eval_shape(
+                lambda: run(variables, inputs, False, any_key, (), True)
+            )
+            return sorted({*outputs_by_path(all_of_it["intermediates"])} - {""})
+
+        check_held(held, variables, every)
         holding = (
             nn.intercept_methods(_hold(held))
             if train and held
@@ -175,13 +190,7 @@ def from_linen(
         updates = dict(updates)
         found = outputs_by_path(updates.pop("intermediates", {}))
 
-        def every() -> list[str]:
-            _, all_of_it = jax.eval_shape(
-                lambda: run(variables, inputs, False, None, (), True)
-            )
-            return sorted({*outputs_by_path(all_of_it["intermediates"])} - {""})
-
-        features = select_taps(taps, found, every)
+        features = select_taps(taps, found, variables, every)
         return output, features, {**variables.model_state, **updates}
 
     return Model(init, apply)

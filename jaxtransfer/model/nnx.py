@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from jaxtransfer import prng, tree
 from jaxtransfer.model.calls import (
+    check_held,
     lies_under,
     mode_arguments,
-    outputs_by_path,
+    paths,
     positional,
     select_taps,
 )
@@ -30,7 +32,19 @@ def linen_path(path: tuple[Any, ...]) -> str:
 def _named(state: Any) -> dict[str, Any]:
     """Nested dict of arrays under Linen's paths from an NNX state."""
     pure = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
-    return tree.unflatten({linen_path(path): leaf for path, leaf in pure.items()})
+    named = {linen_path(path): leaf for path, leaf in pure.items()}
+    if len(named) < len(pure):
+        first: dict[str, Any] = {}
+        one, other = next(
+            (first[name], path)
+            for path in pure
+            if first.setdefault(name := linen_path(path), path) != path
+        )
+        raise ValueError(
+            f"build: {one} and {other} of the module both have the path "
+            f"{linen_path(other)!r}; rename an attribute"
+        )
+    return tree.unflatten(named)
 
 
 @functools.cache
@@ -64,6 +78,48 @@ def _hold_calls(module: nnx.Module, held: tuple[str, ...]) -> None:
             object.__setattr__(part, "__class__", _calm(type(part)))
 
 
+@functools.cache
+def _recording(kind: type[nnx.Module]) -> type[nnx.Module]:
+    """The same module, with what its last call returned as a variable."""
+    method: Any = kind.__call__
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = method(self, *args, **kwargs)
+        self.last_output_.set_value((output,))
+        return output
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _record(module: nnx.Module, taps: tuple[str, ...]) -> dict[str, Any]:
+    """Make the modules at the taps keep what they return.
+
+    Returns:
+        The modules by tap. No other is touched: an ``nnx.Dict`` would have one entry
+        more, and a loop's carry another structure.
+    """
+    parts = {linen_path(path): part for path, part in nnx.iter_modules(module)}
+    tapped: dict[str, Any] = {
+        path: part for path, part in parts.items() if path in taps and callable(part)
+    }
+    for part in tapped.values():
+        part.last_output_ = nnx.data(nnx.Intermediate(()))
+        object.__setattr__(part, "__class__", _recording(type(part)))
+    return tapped
+
+
+def _recorded(tapped: Mapping[str, Any]) -> dict[str, Any]:
+    """What they returned; they are as they were before."""
+    found = {}
+    for path, part in tapped.items():
+        if part.last_output_.get_value():
+            (found[path],) = part.last_output_.get_value()
+        del part.last_output_
+        object.__setattr__(part, "__class__", type(part).__base__)
+    return found
+
+
 class _NoKey(nnx.RngStream):
     """A random stream of a call without a key."""
 
@@ -81,19 +137,64 @@ def _forbid_draws(node: Any) -> None:
             object.__setattr__(part, "__class__", _NoKey)
 
 
+def _keys(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The key, or as many as a stack of layers has."""
+    return jax.random.split(key, shape) if shape else key
+
+
+def _shape(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """The module without the numbers of its variables.
+
+    An attribute that is an array and no variable keeps its numbers: NNX would take
+    the shape of one, or a tracer, for a fixed attribute.
+    """
+    found = []
+
+    def look() -> None:
+        parts = nnx.iter_graph(build(nnx.Rngs(0)))
+        found.extend(
+            part for _, part in parts if isinstance(part, jax.Array | np.ndarray)
+        )
+
+    jax.eval_shape(look)
+    if not found:
+        return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    with jax.ensure_compile_time_eval():
+        graph, state = nnx.split(build(nnx.Rngs(0)))
+    leaves = [
+        (path, _shape(leaf) if isinstance(leaf, nnx.Variable) else leaf)
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
 class _Skeleton:
     """What is fixed about an NNX module: its graph and how its state is named."""
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
-        self.module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        self.module = _abstract(build)
         _, state = nnx.split(self.module)
         types = {type(leaf) for _, leaf in nnx.to_flat_state(state)}
         self.types = sorted(
-            (t for t in types if not issubclass(t, (nnx.Param, nnx.RngState))),
+            (
+                t
+                for t in types
+                if issubclass(t, nnx.Variable)
+                and not issubclass(t, (nnx.Param, nnx.RngState))
+            ),
             key=lambda t: t.__name__,
         )
-        _, self.rngs, self.params, *others = nnx.split(
-            self.module, nnx.RngState, nnx.Param, *self.types
+        self.modules = sorted(
+            linen_path(path)
+            for path, part in nnx.iter_modules(self.module)
+            if path and callable(part)
+        )
+        _, self.rngs, self.params, *others, self.arrays = nnx.split(
+            self.module, nnx.RngState, nnx.Param, *self.types, ...
         )
         self.others = {
             nnx.variable_name_from_type(kind, allow_register=True): other
@@ -118,7 +219,7 @@ class _Skeleton:
             module = view(
                 module, False, lambda path, _: lies_under(linen_path(path), held)
             )
-        return nnx.split(module, nnx.RngState, nnx.Param, *self.types)[0]
+        return nnx.split(module, nnx.RngState, nnx.Param, *self.types, ...)[0]
 
     def fill(self, template: Any, named: Mapping[str, Any]) -> dict[Any, Any]:
         """Pure dict under NNX's paths from arrays under Linen's."""
@@ -140,7 +241,7 @@ class _Skeleton:
         flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(self.rngs))
         return nnx.traversals.unflatten_mapping(
             {
-                path: prng.stream(key, linen_path(path))
+                path: _keys(prng.stream(key, linen_path(path)), leaf.shape)
                 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
                 else jax.numpy.zeros(leaf.shape, leaf.dtype)
                 for path, leaf in flat.items()
@@ -164,7 +265,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     Layers that keep random streams of their own are re-seeded from ``key`` at each
     call. Taps, parameters and model state have the paths that
     :func:`~jaxtransfer.model.from_linen` gives a Linen network of the same attribute
-    names.
+    names (``blocks_0`` of a list; of a dict ``heads/a``, where Linen has ``heads_a``);
+    a module under two names has the first. Attributes that are arrays and no variables
+    are constants, as they are built with ``nnx.Rngs(0)``.
 
     A trained module comes in with ``lambda rngs: nnx.clone(module)`` as ``build``:
     ``init`` returns its weights and statistics.
@@ -172,12 +275,15 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     Args:
         build: ``nnx.Rngs -> nnx.Module``, no module itself; what it builds is called
             as ``module(inputs)``, or as ``module(*inputs)`` if ``inputs`` is a tuple.
-            Arguments ``train``, ``training``, ``is_training``, ``deterministic``,
-            ``use_running_average`` and ``rngs`` of its ``__call__`` are filled in.
+            Arguments ``train``, ``training``, ``is_training``, ``update_stats``,
+            ``deterministic``, ``use_running_average`` and ``rngs`` of its ``__call__``
+            are filled in.
 
     Returns:
-        The model. ``apply`` raises ``ValueError`` for a tap that does not exist, and
-        in training without ``key`` if the module draws random numbers.
+        The model. ``apply`` raises ``ValueError`` for a tap or a held module that does
+        not exist, and in training without ``key`` if the module draws random numbers;
+        ``TypeError`` for a string in place of a tuple of paths. ``init`` raises
+        ``ValueError`` where two paths become one, as of ``block[0]`` and ``block_0``.
 
     Raises:
         TypeError: a module is given, not the function that builds it.
@@ -219,7 +325,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         train: bool,
         key: jax.Array | None,
         held: tuple[str, ...],
-        capture: bool,
+        taps: tuple[str, ...],
     ) -> tuple[Any, nnx.Module, dict[str, Any]]:
         bones = skeleton()
         train = train and "" not in held
@@ -233,6 +339,7 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
                 bones.fill(template, variables.model_state[name])
                 for name, template in bones.others.items()
             ),
+            bones.arrays,
             copy=True,
         )
         if train and held:
@@ -243,11 +350,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
             mode["rngs"] = nnx.Rngs(prng.stream(key, "rngs"))
         if keyless:
             _forbid_draws((module, mode.get("rngs")))
-        if not capture:
-            return module(*positional(inputs), **mode), module, {}  # pyright: ignore
-        forward = nnx.capture(module, nnx.Intermediate, method_outputs=nnx.Intermediate)
-        output, captured = forward(*positional(inputs), **mode)
-        return output, module, outputs_by_path(_named(captured))
+        tapped = _record(module, taps)
+        output = module(*positional(inputs), **mode)  # pyright: ignore
+        return output, module, _recorded(tapped)
 
     def apply(
         variables: Variables,
@@ -258,10 +363,11 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         taps: tuple[str, ...] = (),
         held: tuple[str, ...] = (),
     ) -> tuple[Any, dict[str, Any], ModelState]:
-        output, module, found = run(
-            variables, inputs, train, key, tuple(held), bool(taps)
-        )
-        features = select_taps(tuple(taps), found, lambda: sorted(set(found) - {""}))
+        taps, held = paths("taps", taps), paths("held", held)
+        modules = skeleton().modules
+        check_held(held, variables, lambda: modules)
+        output, module, found = run(variables, inputs, train, key, held, taps)
+        features = select_taps(taps, found, variables, lambda: modules)
         if not train:
             return output, features, variables.model_state
         collections = skeleton().collections(module)
