@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 from PIL import Image
 
-from jaxtransfer.data.records import Source
+from jaxtransfer.data.records import Source, to_int32
 
 _CHUNK = 256
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
@@ -23,8 +24,9 @@ def as_arrays(
 ) -> dict[str, np.ndarray]:
     """Load every example of an image source into memory.
 
-    Pixel values go from 0..255 to `[0, 1]`; `invert` then takes `1 - x`, so that the
-    ink of Omniglot's black-on-white characters is 1.
+    Pixel values go from 0..255 (uint16: 0..65535) to `[0, 1]`; booleans and floats
+    are in it already. `invert` then takes `1 - x`, so that the ink of Omniglot's
+    black-on-white characters is 1.
 
     Args:
         source: images of `load`.
@@ -40,7 +42,8 @@ def as_arrays(
 
     Raises:
         ValueError: size or channels can't be had, images of several sizes without
-            `size`, labels outside the classes of the source.
+            `size`, pixel values out of range, labels that are not integers or outside
+            the classes of the source, integers that int32 can't hold.
 
     Example:
         >>> from jaxtransfer.data import load
@@ -70,7 +73,8 @@ def as_arrays(
                     f"{source.name!r} has {image.shape[-1]} channels, not 1 or 3; give "
                     "None to keep them, and convert them yourself"
                 )
-            example["inputs"] = _fit(image, size, channels)
+            place = f"inputs of example {start + offset} of {source.name!r}"
+            example["inputs"] = _fit(_pixels(image, place), size, channels)
         return examples
 
     with ThreadPoolExecutor(threads) as pool:
@@ -83,21 +87,50 @@ def as_arrays(
         )
     inputs: np.ndarray = np.empty((len(examples), *shapes.pop()), np.float32)
     for number, example in enumerate(examples):
-        inputs[number] = example["inputs"] / np.float32(255)
+        inputs[number] = example["inputs"] / top_of(example["inputs"].dtype)
     if invert:
         np.subtract(1, inputs, out=inputs)
     arrays = {"inputs": inputs}
     for name, value in examples[0].items():
         if value.ndim == 0 and np.issubdtype(value.dtype, np.integer):
-            column = np.fromiter((e[name] for e in examples), np.int64, len(examples))
-            arrays[name] = column.astype(np.int32)
+            column = np.array([example[name] for example in examples])
+            arrays[name] = to_int32(column, f"{name} of {source.name!r}")
+        elif name == "labels":
+            raise ValueError(
+                f"labels of {source.name!r} must be integers, one an example, not "
+                f"{value.dtype}{list(value.shape)}; take others from `batches`"
+            )
     if "labels" in arrays and source.classes is not None:
         check_labels(arrays["labels"], source.classes)
     return arrays
 
 
+def top_of(kind: np.dtype) -> np.float32:
+    """The pixel value that is white in images of this type."""
+    if kind in (np.uint8, np.uint16):
+        return np.float32(np.iinfo(kind).max)
+    return np.float32(1)
+
+
+def _pixels(image: np.ndarray, place: str) -> np.ndarray:
+    """The image, of a type with a known white and within its range."""
+    if image.dtype in (np.uint8, np.uint16, np.bool_):
+        return image
+    whole = np.issubdtype(image.dtype, np.integer)
+    if not whole and not jnp.issubdtype(image.dtype, jnp.floating):
+        raise ValueError(f"{place} are {image.dtype}; give uint8, or floats in [0, 1]")
+    top = 255 if whole else 1
+    if not np.all((image >= 0) & (image <= top)):
+        raise ValueError(
+            f"{place} are {image.min()}..{image.max()} ({image.dtype}) and must lie in "
+            f"0..{top}; give uint8, uint16, or floats in [0, 1]"
+        )
+    return image.astype(np.uint8 if whole else np.float32)
+
+
 def _fit(image: np.ndarray, size: int | None, channels: int | None) -> np.ndarray:
-    """Change channels, then size; stays in 0..255."""
+    """Change channels, then size; what has another type by that is in `[0, 1]`."""
+    stored = image.dtype
     if channels == 1 and image.shape[-1] == 3:
         image = (image.astype(np.float32) @ _GREY_WEIGHTS)[..., None]
     if size is not None and image.shape[:2] != (size, size):
@@ -107,10 +140,10 @@ def _fit(image: np.ndarray, size: int | None, channels: int | None) -> np.ndarra
             )
             for plane in np.moveaxis(image.astype(np.float32), -1, 0)
         ]
-        image = np.clip(np.stack(planes, axis=-1), 0, 255)
+        image = np.clip(np.stack(planes, axis=-1), 0, top_of(stored))
     if channels == 3 and image.shape[-1] == 1:
         image = np.repeat(image, 3, axis=-1)
-    return image
+    return image if image.dtype == stored else image / top_of(stored)
 
 
 def check_labels(labels: Shaped[np.ndarray, "..."], classes: int) -> None:
@@ -179,12 +212,19 @@ def check_arrays(arrays: Mapping[str, np.ndarray]) -> int:
         The common length n.
 
     Raises:
-        ValueError: no array, no row, or lengths that differ.
+        ValueError: no array, no row, lengths that differ, or a value that is no array
+            `[n, ...]`.
 
     Example:
         >>> check_arrays({"inputs": np.zeros((3, 2)), "labels": np.zeros(3)})
         3
     """
+    for name, array in arrays.items():
+        if np.ndim(array) == 0:
+            raise ValueError(
+                f"{name} must be an array [n, ...], got {type(array).__name__} without "
+                "axes; give one value for each example"
+            )
     lengths = {name: len(array) for name, array in arrays.items()}
     if not lengths or not all(lengths.values()) or len(set(lengths.values())) != 1:
         raise ValueError(f"arrays must have one common length >= 1, got {lengths}")

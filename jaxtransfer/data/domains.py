@@ -67,8 +67,10 @@ def pair(
             f"{classes['target']}; a pair of domains shares its classes"
         )
     shapes = [sources[name]["train"][0]["inputs"].shape for name in sources]
-    size = size or max(max(shape[:2]) for shape in shapes)
-    channels = channels or max(shape[2] for shape in shapes)
+    if size is None:
+        size = max(max(shape[:2]) for shape in shapes)
+    if channels is None:
+        channels = max(shape[2] for shape in shapes)
     domains: Domains = {}
     for domain, parts in sources.items():
         domains[domain] = {}

@@ -53,8 +53,9 @@ def image_folder(
         FileNotFoundError: there is no such folder.
         NotADirectoryError: it is a file.
         ValueError: no images, a class without images, fewer than two classes, a class
-            that is not in `names`, or images that can't be read (all are named);
-            shapes that differ without `size` and `channels`; as `as_arrays`.
+            that is not in `names`, `names` that are not a list of different names, or
+            images that can't be read (all are named); shapes that differ without `size`
+            and `channels`; as `as_arrays`.
 
     Example:
         >>> import tempfile
@@ -69,6 +70,10 @@ def image_folder(
         >>> images["inputs"].shape, images["labels"].tolist(), images["names"]
         ((3, 14, 14, 1), [0, 1, 1], ['cat', 'dog'])
     """
+    if names is not None and (isinstance(names, str) or len(set(names)) != len(names)):
+        raise ValueError(
+            f"names={names!r} must be the classes, each once; give a list of them"
+        )
     folder = pathlib.Path(path).expanduser()
     by_class = _by_class(folder, names)
     paths = [image for images in by_class.values() for image in images]

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from jaxtransfer.data.arrays import check_arrays, check_finite
+from jaxtransfer.data.arrays import check_arrays, check_finite, top_of
 from jaxtransfer.data.records import Example, Source
 
 Augment = Callable[[Example, np.random.Generator], Example]
@@ -42,7 +43,7 @@ def batches(
         shuffle: a new order for each epoch; False keeps the stored order.
         repeat: go on for ever; False is one epoch.
         augment: `(example, numpy Generator) -> example` on single examples, as stored
-            (images of a `Source` are uint8 then).
+            (images of a `Source` are uint8 then); a copy, which it may change.
         shard: (index, count) of this process, as `(jax.process_index(),
             jax.process_count())`.
         drop_remainder: leave out a last batch that is not full (only without `repeat`).
@@ -50,12 +51,16 @@ def batches(
 
     Returns:
         A grain iterator over dicts of arrays `[batch_size, ...]`, with `get_state` and
-        `set_state`, which refuses the position in batches of other arguments; uint8
-        images come out as float32 in `[0, 1]`.
+        `set_state`, which refuses the position in batches of another number of
+        examples, `batch_size` of all shards, `seed`, `shuffle` or `repeat` (that the
+        examples and `augment` are the same it can't see). Images of integers, `inputs`
+        `[batch_size, height, width, ...]` of uint8 or uint16, come out as float32 in
+        `[0, 1]`; everything else as it is.
 
     Raises:
-        ValueError: an argument out of range, arrays of unequal length or with NaN, or
-            fewer examples than one batch takes.
+        ValueError: an argument out of range, arrays of unequal length or with values
+            that are not finite, fewer examples than one batch takes, or, from `next`,
+            `augment` returned no example or those of a batch differ in shape.
 
     Example:
         >>> import numpy as np
@@ -82,7 +87,7 @@ def batches(
     if shuffle:
         positions = positions.shuffle()
     if augment is not None:
-        read = positions.map(_ReadOne(data)).random_map(augment)
+        read = positions.map(_ReadOne(data)).random_map(_Augment(augment))
     else:
         read = positions
     read = read[index : own * count : count]
@@ -116,11 +121,14 @@ def evaluation_batches(
         threads: readers ahead of the consumer; default 4 for a source, 0 for arrays.
 
     Returns:
-        A grain iterator over dicts of arrays `[batch_size, ...]` with `where`
-        `[batch_size]` bool: False marks padding (copies of the first example).
+        A grain iterator over dicts of arrays `[batch_size, ...]`, images as of
+        `batches`, with `where` `[batch_size]` bool: False marks padding (copies of the
+        first example). A `where` of the data keeps its shape and its False.
 
     Raises:
-        ValueError: an argument out of range, or arrays of unequal length or with NaN.
+        ValueError: an argument out of range, arrays of unequal length or with values
+            that are not finite, or, from `next`, a `where` of the data that is not
+            bool.
 
     Example:
         >>> import numpy as np
@@ -145,6 +153,9 @@ def pairs(
 ) -> grain.DatasetIterator:
     """Join the batches of two domains.
 
+    Give them different seeds: of one seed and length, they have one order, so that
+    every batch would pair the same rows.
+
     Args:
         source: batches of the source domain.
         target: batches of the target domain.
@@ -154,13 +165,21 @@ def pairs(
         shorter one. Its state holds the states of both; the two should not be advanced
         on their own any more.
 
+    Raises:
+        TypeError: one is no grain iterator, as `batches` returns.
+
     Example:
         >>> import numpy as np
-        >>> def domain(n):
-        ...     return batches({"inputs": np.arange(n)}, batch_size=2, seed=0)
-        >>> sorted(next(pairs(domain(4), domain(6))))
+        >>> def domain(n, seed):
+        ...     return batches({"inputs": np.arange(n)}, batch_size=2, seed=seed)
+        >>> sorted(next(pairs(domain(4, seed=0), domain(6, seed=1))))
         ['source', 'target']
     """
+    for name, domain in (("source", source), ("target", target)):
+        if not isinstance(domain, grain.DatasetIterator):
+            raise TypeError(
+                f"{name}: got {type(domain).__name__}, give what `batches` returns"
+            )
     return _Pairs(source, target)
 
 
@@ -229,8 +248,27 @@ class _ReadOne:
 
     def __call__(self, position: int) -> Example:
         if isinstance(self.data, Source):
-            return self.data[position]
-        return {name: np.array(array[position]) for name, array in self.data.items()}
+            example = self.data[position]
+        else:
+            example = {name: array[position] for name, array in self.data.items()}
+        return {name: np.array(value) for name, value in example.items()}
+
+
+class _Augment:
+    """Example to a changed one; grain would pass over None, for ever."""
+
+    def __init__(self, augment: Augment):
+        self.augment = augment
+
+    def __call__(
+        self, example: Example, generator: np.random.Generator
+    ) -> Mapping[str, Any]:
+        changed = self.augment(example, generator)
+        if not isinstance(changed, Mapping):
+            raise ValueError(
+                f"augment returned {type(changed).__name__}; return the example, a dict"
+            )
+        return changed
 
 
 class _ReadMany:
@@ -242,11 +280,21 @@ class _ReadMany:
     def __call__(self, positions: np.ndarray) -> Example:
         if isinstance(self.data, Source):
             examples = self.data.__getitems__(positions)
-            names = examples[0]
-            batch = {name: np.stack([e[name] for e in examples]) for name in names}
+            batch = {name: _stack(name, examples, self.data) for name in examples[0]}
         else:
             batch = {name: array[positions] for name, array in self.data.items()}
         return _scale(batch)
+
+
+def _stack(name: str, examples: list[Example], source: Source) -> np.ndarray:
+    values = [example[name] for example in examples]
+    shapes = {np.shape(value) for value in values}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"{name} of {source.name!r} have shapes {sorted(shapes)[:4]}; give the "
+            "arrays of as_arrays(source, size=...), or an augment that makes them alike"
+        )
+    return np.stack(values)
 
 
 class _ReadPadded:
@@ -257,14 +305,22 @@ class _ReadPadded:
 
     def __call__(self, positions: np.ndarray) -> Example:
         where = positions < self.length
-        return {**self.read(np.where(where, positions, 0)), "where": where}
+        batch = self.read(np.where(where, positions, 0))
+        own = batch.get("where", where)
+        if own.dtype != bool:
+            raise ValueError(
+                f"where of the data must be bool, got {own.dtype}; use `where > 0`"
+            )
+        where = where.reshape(-1, *(1,) * (own.ndim - 1))
+        return {**batch, "where": where & own}
 
 
 def _scale(batch: Mapping[str, np.ndarray]) -> Example:
+    """Images of uint8 or uint16 to `[0, 1]`; flat rows may be anything else."""
     batch = dict(batch)
     inputs = batch.get("inputs")
-    if inputs is not None and inputs.dtype == np.uint8:
-        batch["inputs"] = inputs.astype(np.float32) / np.float32(255)
+    if inputs is not None and inputs.ndim > 2 and inputs.dtype in (np.uint8, np.uint16):
+        batch["inputs"] = inputs.astype(np.float32) / top_of(inputs.dtype)
     return batch
 
 
@@ -273,10 +329,11 @@ def _checked(data: Data) -> tuple[Data, int]:
     if isinstance(data, Source):
         return data, len(data)
     arrays = {name: np.asarray(array) for name, array in data.items()}
+    length = check_arrays(arrays)
     for name, array in arrays.items():
-        if np.issubdtype(array.dtype, np.floating):
+        if jnp.issubdtype(array.dtype, jnp.inexact):  # NumPy's doesn't know bfloat16
             check_finite(array, name)
-    return arrays, check_arrays(arrays)
+    return arrays, length
 
 
 def _check_batch_size(batch_size: int) -> None:

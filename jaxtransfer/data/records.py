@@ -1,6 +1,7 @@
 """What a source is: random access to examples as dicts of NumPy arrays."""
 
 import io
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
@@ -42,8 +43,8 @@ class Source:
         return len(self._records)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        """The example at `index`."""
-        return self._decode(self._records[int(index)])
+        """The example at `index`; negative ones count from the end."""
+        return self._decode(self._records[self._place(index)])
 
     def __iter__(self) -> Iterator[Example]:
         """All examples in their stored order."""
@@ -51,10 +52,18 @@ class Source:
 
     def __getitems__(self, indices: Iterable[SupportsIndex]) -> list[Example]:
         """The examples at `indices`, read in one go where the storage can."""
-        indices = [int(index) for index in indices]
+        indices = [self._place(index) for index in indices]
         many = getattr(self._records, "__getitems__", None)
         records = many(indices) if many else [self._records[i] for i in indices]
         return [self._decode(record) for record in records]
+
+    def _place(self, index: SupportsIndex) -> int:
+        place, length = operator.index(index), len(self)
+        if not -length <= place < length:
+            raise IndexError(
+                f"index {place} is outside of the {length} examples of {self.name!r}"
+            )
+        return place % length
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,19 @@ class Decoder:
                 value = _decode_image(value, self.images[key])
             example[self.names.get(key, key)] = np.asarray(value)
         if "labels" in example and np.issubdtype(example["labels"].dtype, np.integer):
-            example["labels"] = example["labels"].astype(np.int32)
+            example["labels"] = to_int32(example["labels"], "labels")
         return example
+
+
+def to_int32(values: np.ndarray, name: str) -> np.ndarray:
+    """Integers `[...]` as int32; a ValueError that names them if they don't fit."""
+    for value in (values.min(), values.max()) if values.size else ():
+        if not -(2**31) <= value < 2**31:
+            raise ValueError(
+                f"{name} has the value {value}, which int32 can't hold; number its "
+                "values anew from 0"
+            )
+    return values.astype(np.int32)
 
 
 def _decode_image(encoded: bytes, channels: int | None) -> np.ndarray:

@@ -115,6 +115,8 @@ def _version_of(folder: pathlib.Path) -> tuple[int, ...]:
 
 
 def _how_to_get(name: str, places: Sequence[pathlib.Path]) -> str:
+    import tensorflow_datasets as tfds
+
     base = name.partition(":")[0].partition("/")[0]
     searched = ", ".join(str(place) for place in places)
     if base in _OWN_BUILDERS:
@@ -136,7 +138,8 @@ def _how_to_get(name: str, places: Sequence[pathlib.Path]) -> str:
         if any(folder.glob("*/dataset_info.json"))
     } | {"digits"}
     near = difflib.get_close_matches(base, sorted(there | set(_OWN_BUILDERS)), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near and near[0] != base else ""
+    known = {*there, *_OWN_BUILDERS, *tfds.list_builders(with_community_datasets=False)}
+    hint = f" Did you mean {near[0]!r}?" if near and base not in known else ""
     return (
         f"data set {name!r} is not prepared (searched {searched}). To get it, {manual};"
         f" then give data_dir=DATA or set {DATA_DIR_VARIABLE}=DATA."

@@ -1,5 +1,9 @@
 """What methods over two domains share."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -10,9 +14,15 @@ def domains(batch: Batch) -> tuple[Batch, Batch]:
     """The two domains of a batch.
 
     Raises:
-        ValueError: one of them has a mask, which a distance of sets would not see.
+        ValueError: one of them is missing, or has a mask, which a distance of sets
+            would not see.
     """
     for name in ("source", "target"):
+        if name not in batch:
+            raise ValueError(
+                f"batch: got {sorted(batch)}, but no {name!r}; give 'source' and "
+                "'target' (data.pairs makes such batches)"
+            )
         if "where" in batch[name]:
             raise ValueError(
                 f"{name}: got 'where', but every row of a domain counts here; leave "
@@ -38,6 +48,29 @@ def join(source: jax.Array, target: jax.Array) -> jax.Array:
             "(data.pair does)"
         )
     return jnp.concatenate([source, target])
+
+
+def check_gathered_once(
+    distance: Callable[..., Any], axis_name: str | None, name: str
+) -> None:
+    """Refuse a distance that gathers over devices where its rows are gathered already.
+
+    Args:
+        distance: of two sets of rows; seen if it is a ``functools.partial``.
+        axis_name: device axis that the objective gathers over.
+        name: of the term, for the error.
+
+    Raises:
+        ValueError: both have ``axis_name``.
+    """
+    fixed = distance.keywords if isinstance(distance, functools.partial) else {}
+    own = fixed.get("axis_name")
+    if own is not None and axis_name is not None:
+        raise ValueError(
+            f"term {name!r}: its distance has axis_name={own!r} and the objective "
+            f"{axis_name!r}, so rows would be gathered twice; leave it out of the "
+            "distance"
+        )
 
 
 def gather(parts: tuple, axis_name: str | None) -> tuple:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import losses, ops, prng
-from jaxtransfer.methods._domains import domains, gather, join
-from jaxtransfer.train import metrics
+from jaxtransfer.methods._domains import check_gathered_once, domains, gather, join
+from jaxtransfer.methods._supervised import task_loss
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -42,6 +42,7 @@ class Term(NamedTuple):
             (scalar, metrics, model_state)`` of the tapped rows ``[n, ...]``, ``[m,
             ...]``.
         ramped: whether the weight or the value follows the progress.
+        critic: whether it trains ``params["critic"]``, of which there is one.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Term(NamedTuple):
     weight: Weight
     value: Callable[..., tuple[Scalar, Metrics, ModelState]]
     ramped: bool = False
+    critic: bool = False
 
 
 def _rows(features: jax.Array) -> jax.Array:
@@ -70,7 +72,8 @@ def align(
 
     Args:
         distance: ``(source [n, features], target [m, features]) -> scalar``, e.g.
-            ``losses.mmd``, ``losses.coral`` or a ``functools.partial`` of one.
+            ``losses.mmd``, ``losses.coral`` or a ``functools.partial`` of one, without
+            ``axis_name`` where :func:`objective` has it.
         tap: path of the layer.
         weight: :math:`\lambda`, a number or a ramp of the progress.
         name: name of its metric.
@@ -93,6 +96,7 @@ def align(
         axis_name: str | None,
     ) -> tuple[Scalar, Metrics, ModelState]:
         del params, progress, key
+        check_gathered_once(distance, axis_name, name)
         parts = gather((_rows(source), _rows(target)), axis_name)
         return distance(*parts), {}, model_state
 
@@ -162,7 +166,7 @@ def dann(
         )
 
     ramped = callable(reversal) or callable(weight)
-    return Term(name, tap, weight, value, ramped=ramped)
+    return Term(name, tap, weight, value, ramped=ramped, critic=True)
 
 
 def init(
@@ -242,16 +246,20 @@ def objective(
         loss: task loss on the source, ``(outputs, labels) -> [batch]``.
         joint: source and target as one batch, or each on its own.
         axis_name: device axis to gather features over under ``pmap`` or
-            ``shard_map``; not needed under ``jit`` over a mesh.
+            ``shard_map``; not needed under ``jit`` over a mesh. The distances must not
+            gather as well.
 
     Returns:
-        Objective over ``{"source": {"inputs", "labels"}, "target": {"inputs"}}``.
+        Objective over ``{"source": {"inputs", "labels"}, "target": {"inputs"}}``. The
+        source may have ``"classes"``; its loss and metrics are those of
+        :func:`~jaxtransfer.methods.finetune.objective`.
 
     Raises:
         ValueError: a ramp without ``steps``; two terms of one name, or of one that the
-            objective has; (at the first call) source and target of different shapes,
-            one of them empty or with ``"where"``, two metrics of one name, a tap that
-            does not exist, or no critic.
+            objective or the step has; two of :func:`dann`, which would share a critic;
+            (at the first call) source and target of different shapes, one of them empty
+            or with ``"where"``, two metrics of one name, a tap that does not exist,
+            ``axis_name`` in a distance too, or no network or critic.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -269,10 +277,18 @@ def objective(
     """
     taps = tuple(dict.fromkeys(term.tap for term in terms))
     names = [term.name for term in terms]
+    critics = [term.name for term in terms if term.critic]
+    if len(critics) > 1:
+        raise ValueError(
+            f"terms: {critics} are of dann and would share one critic, "
+            "params['critic']; give one of them"
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"terms: names must differ, got {names}; give name=")
-    if taken := {"loss", "task_loss", "accuracy"} & {*names}:
-        raise ValueError(f"terms: {min(taken)!r} is the objective's own; give name=")
+    if taken := {"loss", "task_loss", "accuracy", "gradient_norm"} & {*names}:
+        raise ValueError(
+            f"terms: {min(taken)!r} is the objective's own or the step's; give name="
+        )
     ramped = [term.name for term in terms if term.ramped]
     if ramped and steps is None:
         raise ValueError(
@@ -288,17 +304,23 @@ def objective(
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
         del frozen
         source, target = domains(batch)
-        count = len(source["inputs"])
-        variables = Variables(params["model"], model_state["model"])
+        count = len(jax.tree.leaves(source["inputs"])[0])
+        variables = _network(params, model_state)
         model_key = prng.stream(key, "model")
-        both = join(source["inputs"], target["inputs"]) if terms else source["inputs"]
+        both = source["inputs"]
+        if terms:
+            both = jax.tree.map(join, both, target["inputs"])
         if terms and not joint:
             outputs, of_source, _ = model.apply(
-                variables, both[:count], train=True, key=model_key, taps=taps
+                variables,
+                jax.tree.map(lambda x: x[:count], both),
+                train=True,
+                key=model_key,
+                taps=taps,
             )
             _, of_target, network_state = model.apply(
                 variables,
-                both[count:],
+                jax.tree.map(lambda x: x[count:], both),
                 train=True,
                 key=prng.stream(key, "target"),
                 taps=taps,
@@ -309,18 +331,14 @@ def objective(
             )
             of_source = {tap: features[tap][:count] for tap in taps}
             of_target = {tap: features[tap][count:] for tap in taps}
-        logits, labels = outputs[:count], source["labels"]
-        task = metrics.mean(loss(logits, labels))
-        measured: Metrics = {"task_loss": task}
-        if jnp.issubdtype(labels.dtype, jnp.integer):
-            measured["accuracy"] = metrics.mean(losses.accuracy(logits, labels))
+        outputs = jax.tree.map(lambda x: x[:count], outputs)
+        total, measured = task_loss(loss, outputs, source)
         progress = ops.progress(model_state["updates"], steps or 1)
         model_state = {
             **model_state,
             "model": network_state,
             "updates": model_state["updates"] + 1,
         }
-        total = jnp.asarray(task.total / task.count)
         for term in terms:
             term_value, term_metrics, model_state = term.value(
                 params,
@@ -344,6 +362,20 @@ def objective(
     return value
 
 
+def _network(params: Params, model_state: ModelState) -> Variables:
+    """The network of a training state.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if "model" not in params:
+        raise ValueError(
+            f"params: got {sorted(params)}, but no 'model'; begin with "
+            "adapt.init(key, model, variables, inputs)"
+        )
+    return Variables(params["model"], model_state["model"])
+
+
 def predict(model: Model) -> Predict:
     """Outputs of the network, the same for both domains.
 
@@ -358,7 +390,7 @@ def predict(model: Model) -> Predict:
         params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
     ) -> Any:
         del frozen
-        return model.apply(Variables(params["model"], model_state["model"]), inputs)[0]
+        return model.apply(_network(params, model_state), inputs)[0]
 
     return run
 

@@ -27,6 +27,11 @@ from jaxtransfer.train.state import TrainState
 _STATE = "state"
 
 
+def _with_values(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves without those of size 0, which orbax refuses to write."""
+    return {path: leaf for path, leaf in leaves.items() if leaf.size}
+
+
 def _check_readable(folder: pathlib.Path) -> None:
     """Raise ``PermissionError`` if files may not be read: they may well be sound."""
 
@@ -140,7 +145,7 @@ class Checkpointer:
         Raises:
             FileExistsError: there is a checkpoint of this step that this run did not
                 write.
-            RuntimeError: the checkpoint before could not be written.
+            RuntimeError: it, or the checkpoint before, could not be written.
         """
         if step == self._written or not (force or step % self.every == 0):
             return False
@@ -161,10 +166,12 @@ class Checkpointer:
             "teacher": self.teacher,
             "data": position_of(data),
         }
+        self.wait()  # for the one before: its failure is not this one's
         self._guarded(
+            step,
             self._orbax.save_checkpointables_async,
             step,
-            {_STATE: leaves, RECORD: Record(record)},
+            {_STATE: _with_values(leaves), RECORD: Record(record)},
             force=True,
         )
         self._written = step
@@ -216,13 +223,15 @@ class Checkpointer:
             path: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
             )
-            for path, leaf in wanted.items()
+            for path, leaf in _with_values(wanted).items()
         }
         try:
             loaded = self._orbax.load_checkpointables(step, {_STATE: abstract})[_STATE]
         except Exception as error:  # orbax raises many kinds, of no permission too
             _check_readable(folder / _STATE)
             raise self._damaged(step, known, error) from error
+        empty = {path: leaf for path, leaf in wanted.items() if not leaf.size}
+        loaded = {**loaded, **empty}
         for path, crc in record["checksums"].items():
             found = checksum(loaded[path])
             if None not in (crc, found) and found != crc:
@@ -240,11 +249,11 @@ class Checkpointer:
         Raises:
             RuntimeError: it could not be written; earlier checkpoints are untouched.
         """
-        self._guarded(self._orbax.wait)
+        self._guarded(self._written, self._orbax.wait)
 
     def close(self) -> None:
         """Wait, then let go of the folder."""
-        self._guarded(self._orbax.close)
+        self._guarded(self._written, self._orbax.close)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -252,12 +261,14 @@ class Checkpointer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _guarded(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def _guarded(
+        self, step: int | None, function: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         try:
             return function(*args, **kwargs)
         except Exception as error:
             raise RuntimeError(
-                f"the checkpoint of step {self._written} could not be written to "
+                f"the checkpoint of step {step} could not be written to "
                 f"{str(self.directory)!r} ({type(error).__name__}: {error}); earlier "
                 "checkpoints are untouched"
             ) from error

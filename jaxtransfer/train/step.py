@@ -1,5 +1,6 @@
 """The one update rule: an objective and an optimizer make a pure step."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,23 @@ def _checked(before: TrainState, after: TrainState) -> TrainState:
     return after
 
 
+def _norm(gradient: Any) -> jax.Array:
+    """The norm, in float32 or wider: squares of float16 overflow and vanish."""
+
+    def widen(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    return optax.tree.norm(jax.tree.map(widen, gradient))
+
+
+def _taken(optimizer: optax.GradientTransformation, **extra: Any) -> dict[str, Any]:
+    """The extra arguments that an optimizer takes; not every one takes any."""
+    parameters = inspect.signature(optimizer.update).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return extra
+    return {name: extra[name] for name in extra.keys() & parameters.keys()}
+
+
 def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -79,7 +97,10 @@ def train_step(
     Args:
         objective: ``(params, frozen, model_state, batch, key) ->
             (loss, (model_state, metrics))``.
-        optimizer: optax transformation.
+        optimizer: optax transformation. One of extra arguments is given optax's
+            ``value``, ``grad`` and ``value_fn`` (the loss of other parameters, of the
+            same batch and key), e.g. ``optax.contrib.reduce_on_plateau`` and
+            ``optax.lbfgs``.
         axis_name: name of the device axis if the step runs under
             :func:`~jaxtransfer.parallel.pmap_step` or
             :func:`~jaxtransfer.parallel.shard_map_step`: gradients, model state and
@@ -95,9 +116,11 @@ def train_step(
         attribute ``axis_name`` is the one given.
 
     Raises:
-        ValueError: (at the first call) ``after_update`` changes what is frozen; or,
-            with ``axis_name``, the batch is a dict with ``"where"``: each device would
-            average its own rows that count, however few they are; run the step without
+        ValueError: (at the first call) a metric of the objective is named ``loss`` or
+            ``gradient_norm``; ``after_update`` changes what is frozen; or, with
+            ``axis_name``, the batch is a dict with ``"where"``: each device would
+            average its own rows that count, however few they are; or the optimizer is a
+            line search, which asks for the loss of all devices. Run the step without
             ``axis_name`` by :func:`~jaxtransfer.parallel.jit_step` over a mesh.
 
     Example:
@@ -118,21 +141,42 @@ def train_step(
         if axis_name is not None:
             _check_all_rows_count(batch, axis_name)
         key = prng.step_key(state.key, state.step)
-        params, frozen, model_state = state.params, state.frozen, state.model_state
+        params, frozen, before = state.params, state.frozen, state.model_state
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            params, frozen, model_state = _per_device(
-                (params, frozen, model_state), axis_name
-            )
+            params, frozen, before = _per_device((params, frozen, before), axis_name)
+
+        def loss_of(params: Any) -> jax.Array:
+            if axis_name is not None:
+                raise ValueError(
+                    "optimizer: a line search asks for the loss of all devices, but "
+                    f"axis_name={axis_name!r} gives each its own; leave axis_name out "
+                    "and run the step by parallel.jit_step over a mesh"
+                )
+            return objective(params, frozen, before, batch, key)[0]
+
         (loss, (model_state, metrics)), gradient = jax.value_and_grad(
             objective, has_aux=True
-        )(params, frozen, model_state, batch, key)
+        )(params, frozen, before, batch, key)
+        if taken := {"loss", "gradient_norm"} & metrics.keys():
+            raise ValueError(
+                f"objective: its metric {min(taken)!r} has the name of one that the "
+                "step adds ('loss', 'gradient_norm'); choose another"
+            )
         metrics = metrics_lib.promote({"loss": loss, **metrics})
         if axis_name is not None:
             gradient, model_state = _mean_over(axis_name, (gradient, model_state))
             metrics = jax.lax.psum(metrics, axis_name)
-        metrics["gradient_norm"] = metrics_lib.mean(optax.tree.norm(gradient))
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        metrics["gradient_norm"] = metrics_lib.mean(_norm(gradient))
+        extra = _taken(
+            optimizer,
+            value=metrics_lib.value(metrics["loss"]),
+            grad=gradient,
+            value_fn=loss_of,
+        )
+        updates, opt_state = optimizer.update(
+            gradient, state.opt_state, state.params, **extra
+        )
         state = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),

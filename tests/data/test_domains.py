@@ -36,6 +36,12 @@ def test_pair_needs_the_data(tmp_path):
         data.pair("digits", "usps", data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("option", ["size", "channels"])
+def test_pair_takes_no_zero_for_none(option):
+    with pytest.raises(ValueError, match=f"{option}=0"):
+        data.pair("digits", "digits", **{option: 0})
+
+
 @pytest.mark.parametrize("kind", get_args(domains.Kind))
 def test_shift_is_a_function_of_its_seed(kind):
     """Same seed, same images; strength 0 is the identity; range and shape stay."""

@@ -116,6 +116,18 @@ def test_refusals(key, options, message):
         jax.jit(functools.partial(data.sample, **arguments))(key, POOL, INDEX)
 
 
+def test_an_index_of_another_pool_is_refused(key):
+    """JAX would take the last example for those beyond; also while traced."""
+    sample = functools.partial(data.sample, tasks=2, ways=2, shots=1, queries=1)
+    for pool in (POOL[:20], jnp.concatenate([POOL, POOL])):
+        with pytest.raises(ValueError, match=f"of 35 examples, .* has {len(pool)} ro"):
+            jax.eval_shape(sample, key, pool, INDEX)
+    for row in (-1, 35):
+        part = {"rows": jnp.array([[0, row]]), "labels": jnp.array([[0, 1]])}
+        with pytest.raises(ValueError, match=f"row {row}, but inputs has 35 rows"):
+            data.gather(POOL, {"support": part, "query": part})
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -170,6 +182,10 @@ def test_omniglot_split_parts_characters(key):
     assert set(other["test"]["inputs"][:, 1]) != classes["test"]
     with pytest.raises(ValueError, match="sizes"):
         data.omniglot_split(arrays, key)
+    for count in (59, 61):
+        fewer = {"inputs": np.zeros((count, 1)), "labels": labels}
+        with pytest.raises(ValueError, match=f"one common length.*{count}"):
+            data.omniglot_split(fewer, key, sizes=(12, 3, 5))
 
 
 @pytest.mark.data

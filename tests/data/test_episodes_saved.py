@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtransfer import data
+from jaxtransfer.data import episodes
 from tests.data.zips import break_deflated
 
 LABELS = np.arange(40) % 5
@@ -55,6 +56,17 @@ def test_another_pool_is_refused(file, other):
         ValueError, match=r"float32\[40, 4, 4, 1\] .* load the same data"
     ):
         data.load_episodes(file, other)
+
+
+def test_a_pool_of_bfloat16_has_a_fingerprint():
+    """A buffer holds no such numbers; that of others is as it was."""
+    pool = jnp.asarray([[0.5, 1.0]], jnp.bfloat16)
+    assert (
+        episodes.fingerprint(pool) == "bfloat16[1, 2] c5695835ae92c894f5f71a45a148a843"
+    )
+    assert episodes.fingerprint(POOL[:, ::2]) == (
+        "float32[40, 2, 4, 1] e1931506fc26786387525343ed6bf802"
+    )
 
 
 def test_what_is_no_file_of_tasks_is_refused(tmp_path, file):

@@ -130,6 +130,13 @@ def test_whole_tasks_are_turned(key):
         np.testing.assert_array_equal(drawn[part]["rows"], upright[part]["rows"])
 
 
+def test_rotations_may_be_a_bool_of_numpy(key, types_unchecked):
+    options = {"tasks": 1, "ways": 2, "shots": 1, "queries": 1}
+    for given in (True, False):
+        drawn = functools.partial(data.draw, **options, rotations=np.bool_(given))
+        assert ("turns" in jax.eval_shape(drawn, key, INDEX)["query"]) == given
+
+
 def test_gathered_images_are_turned_as_drawn(key):
     images = jax.random.uniform(key, (len(LABELS), 3, 3, 2))
     drawn = plain(key, INDEX, rotations="classes")
@@ -241,6 +248,15 @@ def test_ways_and_shots_vary_together(key):
         ({"shots": (0, 2)}, r"shots=\(0, 2\) must be at least 1"),
         ({"shots": 1.0}, "shots=1.0 must be a whole number, or"),
         ({"shots": (5, 6)}, r"5 \+ 2 is more than the 6 examples of the smallest"),
+        ({"shots": (1.0, 2.0)}, r"shots=\(1.0, 2.0\) must be a whole number, or"),
+        ({"ways": (2, 3, 4)}, r"ways=\(2, 3, 4\) must be a whole number, or"),
+        ({"tasks": 2.0}, "tasks=2.0 must be a whole number"),
+        ({"rotations": "class"}, "rotations='class' must be False, True, 'classes'"),
+        ({"rotations": 1}, "rotations=1 must be"),
+        (
+            {"groups": data.group_index(np.arange(4), np.arange(4) // 2)},
+            "groups has 4 classes, but class_index 11; make both of the same labels",
+        ),
         ({"queries": 0}, "queries=0"),
         ({"queries": (1, 2)}, r"queries=\(1, 2\) must be one number; .*`where`"),
     ],

@@ -68,6 +68,9 @@ def test_a_second_folder_is_numbered_like_the_first(folder, tmp_path):
     (folder / "cat").rmdir()
     images = data.image_folder(folder, names=names)
     assert images["labels"].tolist() == [2, 2, 2]
+    for names in ("catdog", ["cat", "cat", "dog"]):
+        with pytest.raises(ValueError, match="must be the classes, each once"):
+            data.image_folder(folder, names=names)
     with pytest.raises(ValueError, match=r"'dog' in .* none of .*nearest: 'dogs'"):
         data.image_folder(folder, names=["cats", "dogs"])
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -142,6 +143,42 @@ def test_source_batches_are_scaled():
     assert set(seen) == {np.dtype("uint8")}
 
 
+@pytest.mark.parametrize("make", [data.batches, data.evaluation_batches])
+def test_what_is_scaled(make):
+    """Images of uint8 and uint16; rows of bytes, booleans and floats stay."""
+    options = {"batch_size": 1} | ({"seed": 0} if make is data.batches else {})
+    for kind in (np.uint8, np.uint16):
+        white = np.full((1, 2, 2, 1), np.iinfo(kind).max, kind)
+        found = next(make({"inputs": white}, **options))["inputs"]
+        assert found.dtype == np.float32 and np.all(found == 1)
+    for stays in (
+        np.full((1, 3), 7, np.uint8),
+        np.ones((1, 2, 2, 1), bool),
+        np.full((1, 2, 2, 1), 0.5),
+        np.full((1, 2, 2, 1), 7, np.int32),
+    ):
+        found = next(make({"inputs": stays}, **options))["inputs"]
+        assert found.dtype == stays.dtype
+        np.testing.assert_array_equal(found, stays)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "source"])
+def test_augment_may_change_its_example(kind):
+    """It works on a copy: the data stay, also those that can't be written to."""
+    stored = data.load("digits", "train[:2]")
+    stored._records.arrays["inputs"].flags.writeable = False
+    if kind == "arrays":
+        stored = dict(stored._records.arrays)
+
+    def erase(example, generator):
+        example["inputs"].fill(0)
+        return example
+
+    erased = next(data.batches(stored, batch_size=2, seed=0, augment=erase))
+    assert not erased["inputs"].any()
+    assert next(data.batches(stored, batch_size=2, seed=0))["inputs"].any()
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_evaluation_counts_every_example_once(shards):
     """Static shapes, a mask, every example in one shard exactly."""
@@ -156,6 +193,19 @@ def test_evaluation_counts_every_example_once(shards):
             seen += batch["labels"][batch["where"]].tolist()
     assert sorted(seen) == list(range(20))
     assert len(lengths) == 1
+
+
+def test_evaluation_leaves_out_what_the_data_leave_out():
+    """Their own mask and the padding together, by row or by token."""
+    own = np.array([True, False, True])
+    for where in (own, np.stack([own, ~own], 1)):
+        *_, last = data.evaluation_batches(
+            {"inputs": np.arange(3), "where": where}, batch_size=4
+        )
+        np.testing.assert_array_equal(last["where"][:3], where)
+        assert not last["where"][3].any()
+    with pytest.raises(ValueError, match="must be bool, got float64; use `where > 0`"):
+        next(data.evaluation_batches({"where": own.astype(float)}, batch_size=4))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +313,36 @@ def test_nan_and_unequal_lengths_are_refused():
         data.batches({"inputs": broken}, batch_size=2, seed=0)
     with pytest.raises(ValueError, match="one common length"):
         data.evaluation_batches({"a": np.zeros(2), "b": np.zeros(3)}, batch_size=2)
+
+
+@pytest.mark.parametrize("kind", [jnp.bfloat16, np.complex64])
+def test_nan_of_other_kinds_of_numbers(kind):
+    with pytest.raises(ValueError, match=r"inputs\[1\] = \(?nan"):
+        data.batches({"inputs": np.array([0, np.nan], kind)}, batch_size=2, seed=0)
+
+
+def test_values_that_are_no_rows_are_refused():
+    with pytest.raises(ValueError, match=r"scale must be an array \[n, \.\.\.\], got"):
+        data.batches({**NUMBERS, "scale": np.array(2.0)}, batch_size=2, seed=0)
+
+
+def test_augment_that_returns_nothing_is_refused(types_unchecked):
+    """Not passed over until one returns something."""
+    options = {"batch_size": 2, "seed": 0, "augment": lambda example, _: None}
+    with pytest.raises(ValueError, match="augment returned NoneType; return the exam"):
+        next(data.batches(NUMBERS, **options))
+
+
+def test_images_of_several_sizes_say_what_to_do():
+    images = [np.zeros((2, side, 2, 1), np.uint8) for side in (2, 3)]
+    source = data.Source("uneven", "all", None, images, lambda x: {"inputs": x})
+    with pytest.raises(ValueError, match="inputs of 'uneven' have shapes .* size="):
+        next(data.batches(source, batch_size=2, seed=0, threads=0))
+
+
+def test_pairs_take_batches(types_unchecked):
+    with pytest.raises(TypeError, match="target: got list_iterator, give what `batch"):
+        data.pairs(data.batches(NUMBERS, batch_size=2, seed=0), iter([1]))
 
 
 def test_random_crop_moves_and_flip_mirrors():

@@ -67,6 +67,19 @@ def test_example_and_pickle():
     assert source.classes == 10
 
 
+def test_a_source_is_indexed_like_a_sequence():
+    """From the end too, and not beyond it, however it is stored."""
+    stored = {0: 5, 1: 6, 2: 7}
+    source = data.Source(
+        "three", "all", None, stored, lambda number: {"labels": np.array(number)}
+    )
+    assert source[-1]["labels"] == 7
+    assert [e["labels"] for e in source.__getitems__([-3, 2])] == [5, 7]
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"{index} is outside of the 3 examples"):
+            source[index]
+
+
 def test_missing_data_set_says_what_to_run(tmp_path):
     """The message has the command, the places and the nearest name."""
     with pytest.raises(FileNotFoundError) as error:
@@ -77,6 +90,9 @@ def test_missing_data_set_says_what_to_run(tmp_path):
     assert str(tmp_path) in message
     with pytest.raises(FileNotFoundError, match="Did you mean 'digits'"):
         data.load("digit", data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        data.load("mnist", data_dir=tmp_path)
+    assert "Did you mean" not in str(error.value)
 
 
 def test_data_dir_falls_back_to_the_variable(tmp_path, monkeypatch):
@@ -138,6 +154,46 @@ def test_as_arrays_refuses_channels_it_can_not_make():
             ValueError, match=f"channels={channels} .* example 0 of 'rgba' has 4 chan"
         ):
             data.as_arrays(source, channels=channels)
+
+
+def _source(**arrays):
+    records = records_module.ArrayRecords(arrays)
+    return records_module.Source("own", "all", None, records, records_module.Decoder())
+
+
+@pytest.mark.parametrize(
+    ("kind", "white"),
+    [("uint16", 65535), ("float32", 1), ("float64", 1), ("bool", 1), ("int64", 255)],
+)
+def test_as_arrays_knows_the_white_of_every_type(kind, white):
+    """As of bytes: `[0, 1]`, resized or not."""
+    ink = np.random.default_rng(0).random((2, 4, 4, 3)) < 0.5
+    images = np.where(ink, white, 0).astype(kind)
+    for options in ({}, {"size": 3}, {"size": 6, "channels": 1}):
+        wanted = data.as_arrays(_source(inputs=ink.astype(np.uint8) * 255), **options)
+        found = data.as_arrays(_source(inputs=images), **options)
+        assert found["inputs"].dtype == np.float32
+        np.testing.assert_allclose(found["inputs"], wanted["inputs"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"inputs": np.full((1, 2, 2, 1), 255.0)}, r"255\.0.* must lie in 0\.\.1;"),
+        ({"inputs": np.full((1, 2, 2, 1), 256)}, r"256.* must lie in 0\.\.255;"),
+        ({"inputs": np.full((1, 2, 2, 1), np.nan)}, r"must lie in 0\.\.1;"),
+        ({"inputs": np.zeros((1, 2, 2, 1), complex)}, "complex128; give uint8"),
+        ({"id": np.array([2**40])}, "id of 'own' has the value 1099511627776"),
+        ({"labels": np.array([2**32 + 1])}, "labels has the value 4294967297"),
+        ({"labels": np.array([0.5])}, r"labels of 'own' .* not float64\[\]"),
+        ({"labels": np.zeros((1, 2), int)}, r"labels of 'own' .* not int32\[2\]"),
+    ],
+)
+def test_as_arrays_refuses_what_it_would_change(arrays, message):
+    """Values out of range, and labels that are no numbers of classes."""
+    images = {"inputs": np.zeros((1, 2, 2, 1), np.uint8)}
+    with pytest.raises(ValueError, match=message):
+        data.as_arrays(_source(**(images | arrays)))
 
 
 def test_as_arrays_refuses_labels_outside_the_classes():

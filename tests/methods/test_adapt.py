@@ -1,3 +1,6 @@
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +9,11 @@ import pytest
 
 from jaxtransfer import losses, ops
 from jaxtransfer.methods import adapt, finetune
+from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, train_step
 from jaxtransfer.typing import Variables
 from tests import digits
-from tests.twins import KINDS, jitted, network
+from tests.twins import KINDS, jitted, network, same
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (6, 6))
@@ -46,6 +50,56 @@ def test_without_terms_it_is_the_source_loss(net):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert set(measured) == {"task_loss", "accuracy"}
     assert int(state["updates"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss", "source"),
+    [
+        (3, losses.cross_entropy, {"classes": jnp.array([True, False, True])}),
+        (3, losses.cross_entropy, {"labels": [0, 2, 1, 1, 0, 2]}),
+        (1, lambda z, y: (z - y)[:, 0] ** 2, {"labels": jnp.arange(6)[:, None]}),
+        (1, lambda z, y: (z[:, 0] - y) ** 2, {"labels": jnp.arange(6)}),
+    ],
+    ids=["classes", "list", "numbers", "flat numbers"],
+)
+def test_the_source_is_learned_as_in_finetuning(outputs, loss, source):
+    model, source = from_linen(nn.Dense(outputs)), {**SOURCE, **source}
+    start = model.init(KEY, X)
+    one = adapt.objective(model, loss=loss)(
+        {"model": start.params},
+        {},
+        adapt.init(KEY, model, start, X).model_state,
+        {"source": source, "target": TARGET},
+        KEY,
+    )
+    other = finetune.objective(model, loss=loss)(start.params, {}, {}, source, KEY)
+    assert float(one[0]) == float(other[0])
+    assert same(one[1][1], other[1][1])
+
+
+def test_inputs_of_several_arrays():
+    class Sum(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            return nn.Dense(3, name="head")(x["a"] + x["b"])
+
+    def halves(batch):
+        return {**batch, "inputs": {"a": batch["inputs"] / 2, "b": batch["inputs"] / 2}}
+
+    model = from_linen(Sum())
+    params = model.init(KEY, halves(SOURCE)["inputs"]).params
+    term = adapt.align(losses.coral, tap="head")
+    batch = {"source": halves(SOURCE), "target": halves(TARGET)}
+    started = {"model": params}, {}, {"model": {}, "updates": 0}, batch, KEY
+    found = [
+        adapt.objective(model, *terms, joint=joint)(*started)[0]
+        for terms, joint in (((), True), ((term,), True), ((term,), False))
+    ]
+    logits = X @ params["head"]["kernel"]
+    other = TARGET["inputs"] @ params["head"]["kernel"]
+    task = losses.cross_entropy(logits, SOURCE["labels"]).mean()
+    both = task + losses.coral(logits, other)
+    np.testing.assert_allclose(found, [task, both, both], rtol=1e-5)
 
 
 @pytest.mark.parametrize("distance", [losses.mmd, losses.coral])
@@ -193,6 +247,21 @@ def test_terms_that_can_not_work_are_refused(net):
         )
     with pytest.raises(ValueError, match="'task_loss' is the objective's own"):
         adapt.objective(net[0], adapt.align(tap="blocks_1", name="task_loss"))
+    with pytest.raises(ValueError, match="'gradient_norm' is the objective's own"):
+        adapt.objective(net[0], adapt.align(tap="blocks_1", name="gradient_norm"))
+    judges = [adapt.dann(CRITIC, tap="blocks_1", name=name) for name in "ab"]
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] .* would share one critic"):
+        adapt.objective(net[0], *judges, steps=9)
+    gathers = functools.partial(losses.mmd, axis_name="data")
+    term = adapt.align(gathers, tap="blocks_1")
+    with pytest.raises(ValueError, match="'alignment': .* gathered twice; leave it"):
+        value(adapt.objective(net[0], term, axis_name="data"), begin(net))
+    for call in (
+        lambda: adapt.objective(net[0])(net[1].params, {}, {}, PAIR, KEY),
+        lambda: adapt.predict(net[0])(net[1].params, {}, {}, X),
+    ):
+        with pytest.raises(ValueError, match=r"params: got .* no 'model'; .*init\("):
+            call()
     task = adapt.objective(net[0], adapt.dann(CRITIC, tap="blocks_1"), steps=9)
     with pytest.raises(ValueError, match=r"critic: .* adapt.init"):
         value(task, begin(net))

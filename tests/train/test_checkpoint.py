@@ -141,6 +141,28 @@ def test_restores_everything_and_the_position_in_the_data(tmp_path):
     np.testing.assert_array_equal(next(other)["inputs"], following["inputs"])
 
 
+def test_leaves_without_values_are_restored_as_they_were(tmp_path):
+    state = initial(ADAM).replace(model_state={"empty": jnp.zeros((0, 3))})
+    with train.Checkpointer(tmp_path, every=1) as checkpointer:
+        checkpointer.check_space(state)
+        checkpointer.save(1, state)
+        assert_equal(checkpointer.restore(state), state)
+        other = state.replace(model_state={"empty": jnp.zeros((0, 4))})
+        with pytest.raises(ValueError, match=r"float32\[0,3\] there"):
+            checkpointer.restore(other)
+
+
+def test_a_save_that_fails_names_its_step(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with train.Checkpointer(tmp_path, every=1) as checkpointer:
+        checkpointer.save(1, initial(ADAM))
+        monkeypatch.setattr(checkpointer._orbax, "save_checkpointables_async", refuse)
+        with pytest.raises(RuntimeError, match="checkpoint of step 2 could not"):
+            checkpointer.save(2, initial(ADAM))
+
+
 def test_interval_and_retention(tmp_path):
     state = initial(ADAM)
     with train.Checkpointer(tmp_path, every=5, keep=2) as checkpointer:

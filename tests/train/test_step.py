@@ -141,6 +141,72 @@ def test_not_a_number_is_reported_and_not_hidden():
     assert np.isnan(final["loss"]) and np.isnan(final["gradient_norm"])
 
 
+@pytest.mark.parametrize("size", [6e4, 1e-5])
+def test_the_norm_of_a_gradient_of_half_precision(size):
+    def linear(params, frozen, model_state, batch, key):
+        return jnp.sum(params["w"] * batch), (model_state, {})
+
+    optimizer = optax.sgd(0.0)
+    start = Variables({"w": jnp.zeros(4, jnp.float16)})
+    state = init_state(jax.random.key(0), start, optimizer)
+    batch = jnp.full(4, size, jnp.float16)
+    _, measured = train_step(linear, optimizer)(state, batch)
+    norm = metrics.finalize(measured)["gradient_norm"]
+    np.testing.assert_allclose(norm, 2 * float(batch[0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+def test_a_metric_of_the_steps_own_name_is_refused(name):
+    def named(params, *rest):
+        loss, (state, _) = objective(params, *rest)
+        return loss, (state, {name: loss})
+
+    optimizer = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), START, optimizer)
+    with pytest.raises(ValueError, match=f"its metric '{name}' has the name of one"):
+        jax.eval_shape(train_step(named, optimizer), state, BATCH)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+        optax.polyak_sgd(),
+        optax.lbfgs(),
+        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)),
+    ],
+    ids=["plateau", "polyak", "lbfgs", "sam"],
+)
+def test_optimizers_of_extra_arguments(optimizer):
+    """The last takes one of its own alone."""
+    state = init_state(jax.random.key(0), START, optimizer)
+    after, _ = jax.eval_shape(train_step(objective, optimizer), state, BATCH)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (state, after))
+    assert shapes[0] == shapes[1]
+
+
+def test_what_an_optimizer_of_extra_arguments_is_given():
+    def update(updates, state, params=None, *, value, grad, value_fn, **_):
+        here = {"value": value, "value_fn": value_fn(params)}
+        return updates, {**here, "grad": grad["b"]}
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: {}, update)
+    state = init_state(jax.random.key(0), START, optimizer)
+    after, _ = train_step(objective, optimizer)(state, BATCH)
+    loss, gradient = by_hand(START.params)
+    for name, expected in (
+        ("value", loss),
+        ("value_fn", loss),
+        ("grad", gradient["b"]),
+    ):
+        np.testing.assert_allclose(after.opt_state[name], expected, rtol=1e-5)
+
+    step = train_step(objective, optimizer, axis_name="data")
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="line search .* axis_name='data'.*jit_step"):
+        parallel.shard_map_step(step, mesh)(state, BATCH)
+
+
 def test_steps_may_be_scanned_and_vmapped():
     optimizer = optax.adam(0.1)
     step = train_step(objective, optimizer)

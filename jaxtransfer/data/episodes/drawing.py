@@ -84,7 +84,7 @@ def draw(
     Raises:
         ValueError: more ways than classes or than any group has, more shots and
             queries than the smallest class has, a count below 1, a range upside down,
-            or a range of queries.
+            a range of queries, unknown `rotations`, or `groups` of other classes.
 
     Example:
         >>> from jaxtransfer.data import class_index, group_index
@@ -115,6 +115,17 @@ def draw(
             f"shots + queries = {low} + {queries} is more than the "
             f"{class_index.smallest} examples of the smallest class; lower them or drop"
             " that class"
+        )
+    if isinstance(rotations, np.bool_):
+        rotations = bool(rotations)
+    if not isinstance(rotations, bool) and rotations not in ("classes", "tasks"):
+        raise ValueError(
+            f"rotations={rotations!r} must be False, True, 'classes' or 'tasks'"
+        )
+    if groups is not None and sum(groups.sizes) != len(class_index.counts):
+        raise ValueError(
+            f"groups has {sum(groups.sizes)} classes, but class_index "
+            f"{len(class_index.counts)}; make both of the same labels"
         )
     copies = 4 if rotations == "classes" else 1
     if groups is None:
@@ -232,14 +243,13 @@ def _of_group(
 
 def _range(name: str, value: Count) -> tuple[int, int]:
     """Least and most of a count."""
-    if not isinstance(value, tuple | list):
-        try:
-            value = operator.index(value)
-        except TypeError as error:
-            raise ValueError(
-                f"{name}={value!r} must be a whole number, or (least, most)"
-            ) from error
-    least, most = (value, value) if isinstance(value, int) else value
+    both = value if isinstance(value, tuple | list) else (value, value)
+    try:
+        least, most = map(operator.index, both)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name}={value!r} must be a whole number, or (least, most)"
+        ) from error
     if least < 1:
         raise ValueError(f"{name}={value} must be at least 1")
     if least > most:
@@ -248,14 +258,16 @@ def _range(name: str, value: Count) -> tuple[int, int]:
 
 
 def check_counts(**counts: int) -> None:
-    """Refuse counts below 1.
+    """Refuse counts below 1, or that are no whole numbers.
 
     Args:
         **counts: values by the name of the argument.
 
     Raises:
-        ValueError: one is below 1.
+        ValueError: one is.
     """
     for name, value in counts.items():
+        if not hasattr(value, "__index__"):
+            raise ValueError(f"{name}={value!r} must be a whole number")
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")

@@ -15,7 +15,7 @@ from jaxtransfer.typing import AnyArray
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["members", "counts"],
-    meta_fields=["smallest"],
+    meta_fields=["smallest", "examples"],
 )
 @dataclasses.dataclass(frozen=True)
 class ClassIndex:
@@ -27,12 +27,15 @@ class ClassIndex:
         counts: number of examples of each class `[classes]`.
         smallest: the least of `counts`; static, so that a compiled function can refuse
             tasks that a class can't fill.
+        examples: number of examples of the pool, static too, so that `sample` can
+            refuse another pool.
     """
 
     # Any: transformations rebuild a pytree with avals or specs in the arrays' place.
     members: Any
     counts: Any
     smallest: int
+    examples: int
 
 
 def class_index(labels: Shaped[AnyArray, "..."]) -> ClassIndex:
@@ -71,6 +74,7 @@ def class_index(labels: Shaped[AnyArray, "..."]) -> ClassIndex:
         members=jnp.asarray(members, jnp.int32),
         counts=jnp.asarray(counts, jnp.int32),
         smallest=int(counts.min()),
+        examples=int(labels.size),
     )
 
 

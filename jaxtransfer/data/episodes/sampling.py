@@ -1,6 +1,8 @@
 """Classification tasks with their examples, from arrays on the device."""
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, Key, Shaped
 
 from jaxtransfer.data.episodes.drawing import Count, Drawn, Rotations, draw
@@ -25,7 +27,8 @@ def gather(inputs: Shaped[AnyArray, "n ..."], drawn: Drawn) -> Episodes:
         `turns`.
 
     Raises:
-        ValueError: turns of images that are not square.
+        ValueError: turns of images that are not square, or rows outside the pool
+            (where they are known: not while `drawn` is traced).
 
     Example:
         >>> part = {"rows": jnp.array([[2, 0]]), "labels": jnp.array([[0, 1]])}
@@ -33,6 +36,7 @@ def gather(inputs: Shaped[AnyArray, "n ..."], drawn: Drawn) -> Episodes:
         >>> tasks["query"]["inputs"].tolist()
         [[7.0, 5.0]]
     """
+    check_rows(drawn, len(inputs))
     inputs = jnp.asarray(inputs)
 
     def look_up(part: dict[str, Array]) -> dict[str, Array]:
@@ -79,7 +83,8 @@ def sample(
         by class. With ranges also `where` and `classes`, as from `draw`.
 
     Raises:
-        ValueError: as `draw` and `gather`.
+        ValueError: as `draw` and `gather`, or `class_index` is of another number of
+            examples.
 
     Example:
         >>> import jax
@@ -104,7 +109,35 @@ def sample(
         rotations=rotations,
         equal_shots=equal_shots,
     )
+    if class_index.examples != len(inputs):
+        raise ValueError(
+            f"class_index is of {class_index.examples} examples, but inputs has "
+            f"{len(inputs)} rows; give the pool and the index of its own labels"
+        )
     return gather(inputs, drawn)
+
+
+def check_rows(drawn: Drawn, count: int) -> None:
+    """Refuse tasks that point outside a pool; traced ones pass.
+
+    Args:
+        drawn: from `draw` or `load_episodes`.
+        count: number of examples of the pool.
+
+    Raises:
+        ValueError: a row is not one of 0 .. count - 1.
+    """
+    for part in drawn.values():
+        rows = part["rows"]
+        if isinstance(rows, Tracer) or not getattr(rows, "is_fully_addressable", True):
+            continue
+        rows = np.asarray(rows)
+        wrong = rows[(rows < 0) | (rows >= count)]
+        if wrong.size:
+            raise ValueError(
+                f"drawn holds row {wrong[0]}, but inputs has {count} rows; give the "
+                "pool that the tasks were drawn of"
+            )
 
 
 def _turn(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxtransfer.data.episodes.drawing import Drawn
+from jaxtransfer.data.episodes.sampling import check_rows
 from jaxtransfer.typing import AnyArray
 
 _POOL = "pool"
@@ -31,7 +32,8 @@ def fingerprint(inputs: Shaped[AnyArray, "n ..."]) -> str:
         'uint8[2, 1] 96a296d224f285c67bee93c30f8a3091'
     """
     values = np.ascontiguousarray(inputs)
-    digest = hashlib.sha256(values.data).hexdigest()[:32]
+    bytes_of = values.reshape(-1).view(np.uint8)  # a buffer holds no bfloat16
+    digest = hashlib.sha256(bytes_of.data).hexdigest()[:32]
     return f"{values.dtype}{list(values.shape)} {digest}"
 
 
@@ -65,12 +67,7 @@ def save_episodes(
         for part, fields in drawn.items()
         for name, values in fields.items()
     }
-    last = max(int(arrays[f"{part}.rows"].max()) for part in drawn)
-    if last >= len(inputs):
-        raise ValueError(
-            f"drawn holds row {last}, but inputs has {len(inputs)} rows; give the pool "
-            "that the tasks were drawn of"
-        )
+    check_rows(drawn, len(inputs))
     with open(path, "wb") as file:
         np.savez_compressed(file, **{_POOL: np.array(fingerprint(inputs)), **arrays})
 

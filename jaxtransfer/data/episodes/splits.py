@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from jaxtransfer.data.arrays import check_arrays
+
 
 def omniglot_split(
     arrays: Mapping[str, np.ndarray],
@@ -28,7 +30,7 @@ def omniglot_split(
 
     Raises:
         ValueError: `sizes` asks for more classes than there are, or not for three
-            parts.
+            parts; or inputs and labels are not equally many.
 
     Example:
         >>> pool = {"inputs": np.zeros((8, 2)), "labels": np.arange(8) // 2}
@@ -41,6 +43,7 @@ def omniglot_split(
         (random split of the characters); 1,100/100/423 as in Finn et al., 2017.
     """
     inputs, labels = np.asarray(arrays["inputs"]), np.asarray(arrays["labels"])
+    check_arrays({"inputs": inputs, "labels": labels})
     classes = np.unique(labels)
     if len(sizes) != 3 or min(sizes) < 1 or sum(sizes) > len(classes):
         raise ValueError(

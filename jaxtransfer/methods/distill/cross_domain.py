@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import losses
-from jaxtransfer.methods._domains import domains, gather, join
+from jaxtransfer.methods._domains import check_gathered_once, domains, gather, join
+from jaxtransfer.methods._supervised import task_loss
 from jaxtransfer.methods.distill.objective import divergence
 from jaxtransfer.methods.distill.student import check_whole, of_student
 from jaxtransfer.train import metrics
@@ -56,12 +57,14 @@ def cross_domain_objective(
 
     Returns:
         Objective over ``{"source": {"inputs"}, "target": {"inputs"}}``. With
-        ``"labels"`` in ``source`` the student's cross-entropy there is added. The
+        ``"labels"`` in ``source`` the student's cross-entropy there is added, among the
+        ``"classes"`` that it may have. The
         metric ``distillation`` is that of the target, ``alignment`` the distance.
 
     Raises:
         ValueError: (at the first call) source and target have different shapes, or one
-            of them ``"where"``, or layers of the student are held.
+            of them ``"where"``, layers of the student are held, or the distance has an
+            ``axis_name`` too.
     """
 
     def value(
@@ -90,15 +93,15 @@ def cross_domain_objective(
             )
         if alignment:
             rows = features[tap].reshape(len(inputs), -1)
+            check_gathered_once(distance, axis_name, "alignment")
             measured["alignment"] = distance(
                 *gather((rows[:count], rows[count:]), axis_name)
             )
             total += alignment * measured["alignment"]
         if "labels" in source:
-            measured["task_loss"] = metrics.mean(
-                losses.cross_entropy(logits[:count], source["labels"])
-            )
-            total += metrics.value(measured["task_loss"])
+            task, own = task_loss(losses.cross_entropy, logits[:count], source)
+            measured |= own
+            total += task
         return total, ({**model_state, "student": student_state}, measured)
 
     return value

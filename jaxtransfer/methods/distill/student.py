@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxtransfer import tree
+from jaxtransfer.losses.reduction import widen
 from jaxtransfer.train.state import TrainState
 from jaxtransfer.typing import (
     Frozen,
@@ -44,7 +46,15 @@ def of_student(params: Params, model_state: ModelState) -> Variables:
 
     Returns:
         Variables of the student network, without bridges.
+
+    Raises:
+        ValueError: there is no student.
     """
+    if "student" not in params:
+        raise ValueError(
+            f"params: got {sorted(params)}, but no 'student'; begin with "
+            "distill.init(variables) or distill.start(...)"
+        )
     return Variables(params["student"], model_state["student"])
 
 
@@ -98,10 +108,19 @@ def with_average(variables: Variables) -> Variables:
 
     Returns:
         Variables whose model state has ``"average"``: the teacher of that name in a
-        :class:`~jaxtransfer.methods.distill.Term`.
+        :class:`~jaxtransfer.methods.distill.Term`. It is kept (and teaches) in float32
+        at least: in bfloat16 0.999 is 1, and it would never follow.
+
+    Raises:
+        ValueError: there is no student.
     """
-    own = of_student(variables.params, variables.model_state)
-    state = {**variables.model_state, "average": own._asdict()}
+    own = of_student(variables.params, variables.model_state)._asdict()
+
+    def wide(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        return widen(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+    state = {**variables.model_state, "average": jax.tree.map(wide, own)}
     return Variables(variables.params, state)
 
 
@@ -145,9 +164,9 @@ def moving_average(decay: float) -> Callable[[TrainState], TrainState]:
         own = of_student(state.params, state.model_state)._asdict()
 
         def move(old: jax.Array, new: jax.Array) -> jax.Array:
-            if not jax.numpy.issubdtype(new.dtype, jax.numpy.inexact):
+            if not jnp.issubdtype(new.dtype, jnp.inexact):
                 return new
-            return decay * old + (1 - decay) * new
+            return decay * old + (1 - decay) * new.astype(old.dtype)
 
         average = jax.tree.map(move, state.model_state["average"], own)
         return state.replace(model_state={**state.model_state, "average": average})
