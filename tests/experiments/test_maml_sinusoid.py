@@ -28,8 +28,7 @@ def test_same_seed_prints_the_same_table(tmp_path, capsys):
     values = first["5 points, 1 steps"]
     assert list(values) == ["untrained", "pretrained", "MAML", "MAML++"]
     assert all(len(v) == 2 and np.isfinite(v).all() for v in values.values())
-    other = study.main(dataclasses.replace(config, seed=1))
-    assert other != first
+    assert all(one != other for one, other in values.values()), "seeds are alike"
     folder = min((tmp_path / "maml_sinusoid").iterdir())
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert len(rows) == 8 and {row["baseline"] for row in rows} == {None, "pretrained"}

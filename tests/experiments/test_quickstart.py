@@ -13,7 +13,7 @@ SMOKE = quickstart.PRESETS["smoke"]
 
 @pytest.mark.slow
 def test_smoke_has_five_ways_and_begins_alike_again(tmp_path, capsys, monkeypatch):
-    """Again: three ways; the other two repeat in the tests of their studies."""
+    """Again: two ways; the others repeat in the tests of their studies."""
     config = dataclasses.replace(SMOKE, run_dir=tmp_path)
     first = quickstart.main(config)
     assert all(len(row.values) == config.seeds for row in first)
@@ -24,11 +24,11 @@ def test_smoke_has_five_ways_and_begins_alike_again(tmp_path, capsys, monkeypatc
     written = json.loads((folder / "results.json").read_text())["rows"]
     assert len(written) == len(first)
     assert str(folder) in capsys.readouterr().out.strip().splitlines()[-1]
-    for way in ("meta_learning", "adaptation"):
+    for way in ("distillation", "meta_learning", "adaptation"):
         monkeypatch.setattr(quickstart, way, lambda *given: [])
     monkeypatch.setattr(quickstart, "draw", lambda *given: None)
     again = quickstart.main(config)
-    assert again == [row for row in first if row.task in tasks[:3]]
+    assert again == [row for row in first if row.task in tasks[:2]]
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused_before_any_work(
