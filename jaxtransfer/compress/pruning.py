@@ -20,6 +20,7 @@ from jaxtransfer.compress.magnitude import (
     masks,
 )
 from jaxtransfer.train.state import TrainState
+from jaxtransfer.train.step import extra_arguments
 from jaxtransfer.typing import Array, Params, Scalar
 
 
@@ -137,13 +138,18 @@ def pruned(
         none = jnp.zeros((), jnp.int32)
         return Pruned(none, kept(params, none), optimizer.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Pruned]:
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Pruned]:
         if params is None:
             raise ValueError(
                 "params: pruning needs them; call update(gradient, state, params)"
             )
         gradient = apply_masks(updates, state.masks)
-        moves, inner = optimizer.update(gradient, state.inner, params)
+        if "grad" in extra:
+            extra["grad"] = gradient
+        taken = extra_arguments(optimizer, **extra)
+        moves, inner = optimizer.update(gradient, state.inner, params, **taken)
         after: Any = optax.apply_updates(params, moves)
         after = apply_masks(after, state.masks)
         done = state.updates + 1
@@ -154,7 +160,7 @@ def pruned(
         moves = chosen(now, moves, jax.tree.map(jnp.negative, params))
         return moves, Pruned(done, now, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def keep_pruned(state: TrainState) -> TrainState:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 from jaxtransfer.typing import Batch, Mean, Metrics, Predict
@@ -95,6 +96,19 @@ def value(pair: Mean) -> jax.Array:
         1.5
     """
     return jnp.asarray(pair.total / jnp.where(pair.count == 0, 1, pair.count))
+
+
+def norm(tree: Any) -> jax.Array:
+    """Norm of all numbers of a tree, in float32 or wider.
+
+    Squares of float16 overflow and vanish.
+    """
+
+    def widen(leaf: ArrayLike) -> jax.Array:
+        kind = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+        return jnp.asarray(leaf, kind)
+
+    return optax.tree.norm(jax.tree.map(widen, tree))
 
 
 def promote(metrics: Metrics) -> dict[str, Mean]:

@@ -65,16 +65,9 @@ def _checked(before: TrainState, after: TrainState) -> TrainState:
     return after
 
 
-def _norm(gradient: Any) -> jax.Array:
-    """The norm, in float32 or wider: squares of float16 overflow and vanish."""
-
-    def widen(leaf: jax.Array) -> jax.Array:
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-    return optax.tree.norm(jax.tree.map(widen, gradient))
-
-
-def _taken(optimizer: optax.GradientTransformation, **extra: Any) -> dict[str, Any]:
+def extra_arguments(
+    optimizer: optax.GradientTransformation, **extra: Any
+) -> dict[str, Any]:
     """The extra arguments that an optimizer takes; not every one takes any."""
     parameters = inspect.signature(optimizer.update).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -167,8 +160,8 @@ def train_step(
         if axis_name is not None:
             gradient, model_state = _mean_over(axis_name, (gradient, model_state))
             metrics = jax.lax.psum(metrics, axis_name)
-        metrics["gradient_norm"] = metrics_lib.mean(_norm(gradient))
-        extra = _taken(
+        metrics["gradient_norm"] = metrics_lib.mean(metrics_lib.norm(gradient))
+        extra = extra_arguments(
             optimizer,
             value=metrics_lib.value(metrics["loss"]),
             grad=gradient,

@@ -7,6 +7,7 @@ import pytest
 from jaxtransfer import compress, losses, parallel, tree
 from jaxtransfer.methods import distill, finetune
 from jaxtransfer.train import init_state, train_step
+from jaxtransfer.typing import Variables
 from tests.digits import accuracy, batches, digits, learn
 from tests.twins import jitted, network, same
 
@@ -223,3 +224,17 @@ def test_the_parameters_are_needed():
     optimizer = compress.pruned(SLOTS, 0.5)
     with pytest.raises(ValueError, match="params: pruning needs them"):
         optimizer.update(OWN.params, optimizer.init(OWN.params))
+
+
+def test_an_optimizer_of_extra_arguments_gets_them():
+    optimizer = compress.pruned(optax.polyak_sgd(100.0), 0.5)
+
+    def objective(params, frozen, model_state, batch, key):
+        return jnp.sum((params["kernel"] - batch) ** 2), (model_state, {})
+
+    start = Variables({"kernel": jnp.array([0.1, 2.0])}, {})
+    state = init_state(KEY, start, optimizer)
+    state, _ = train_step(objective, optimizer)(state, jnp.array([9.0, 3.0]))
+    # (loss / |kept gradient|^2) x that gradient, of the one weight that is left.
+    loss = 8.9**2 + 1.0
+    np.testing.assert_allclose(state.params["kernel"], [0.0, 2 + loss / 2], rtol=1e-5)

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxtransfer.methods._counting import without_count
 from jaxtransfer.methods.meta.chunks import Chunk, mean_over_tasks
@@ -31,7 +30,8 @@ def trajectory(
         adaptation.
 
     Raises:
-        ValueError: (at the call) as :func:`objective`.
+        ValueError: (at the call) as :func:`objective`; a metric of the query is named
+            ``loss`` or ``parameter_norm``.
     """
 
     def one(params, frozen, model_state, key_and_task):
@@ -41,7 +41,12 @@ def trajectory(
             loss, (_, measured) = learner.query(
                 adapted, frozen, state, episode["query"], key
             )
-            norm = optax.tree.norm(_numbers(adapted))
+            if taken := {"loss", "parameter_norm"} & measured.keys():
+                raise ValueError(
+                    f"query: its metric {min(taken)!r} has the name of one that is "
+                    "measured beside it; choose another"
+                )
+            norm = metrics_lib.norm(_numbers(adapted))
             pairs = metrics_lib.promote(
                 {"loss": loss, "parameter_norm": norm, **measured}
             )

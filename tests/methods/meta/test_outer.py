@@ -298,3 +298,13 @@ def test_classes_that_a_task_lacks_change_nothing():
         np.testing.assert_array_equal(
             adapted[name][..., 2], jnp.stack([leaf[..., 2]] * 4)
         )
+
+
+def test_a_metric_of_the_query_of_a_name_that_is_taken_is_refused():
+    def query(*given):
+        loss, (state, _) = LEARNER.query(*given)
+        return loss, (state, {"loss": loss})
+
+    learner = LEARNER._replace(query=query)
+    with pytest.raises(ValueError, match="query: its metric 'loss' has the name of"):
+        jax.eval_shape(meta.trajectory(learner), START.params, {}, {}, BATCH, KEY)
