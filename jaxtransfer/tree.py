@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 Rules = str | Sequence[str]
-Keys = tuple[str, ...]
+_Keys = tuple[str, ...]
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,11 +38,11 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {"/".join(keys): leaf for keys, leaf in _leaves(tree).items()}
 
 
-def _leaves(tree: Mapping[str, Any]) -> dict[Keys, Any]:
+def _leaves(tree: Mapping[str, Any]) -> dict[_Keys, Any]:
     """By their keys: one may have a ``/`` in it, as those of Linen's WeightNorm."""
-    leaves: dict[Keys, Any] = {}
+    leaves: dict[_Keys, Any] = {}
 
-    def visit(node: Any, path: Keys) -> None:
+    def visit(node: Any, path: _Keys) -> None:
         if isinstance(node, Mapping):
             for name in node:
                 if not isinstance(name, str):
@@ -72,7 +72,7 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return _nested({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
 
 
-def _nested(leaves: Mapping[Keys, Any]) -> dict[str, Any]:
+def _nested(leaves: Mapping[_Keys, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for keys, leaf in leaves.items():
         *parents, name = keys
@@ -181,7 +181,7 @@ def divide(
         >>> divide({"stem": {"w": 1}, "head": {"w": 2}}, ["head/w"])
         ({'head': {'w': 2}}, {'stem': {'w': 1}})
     """
-    parts: tuple[dict[Keys, Any], dict[Keys, Any]] = {}, {}
+    parts: tuple[dict[_Keys, Any], dict[_Keys, Any]] = {}, {}
     for keys, leaf in _leaves(tree).items():
         parts["/".join(keys) not in paths][keys] = leaf
     return _nested(parts[0]), _nested(parts[1])
@@ -197,7 +197,7 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
         >>> combine({"head": {"w": 2}}, {"stem": {"w": 1}})
         {'head': {'w': 2}, 'stem': {'w': 1}}
     """
-    leaves: dict[Keys, Any] = {}
+    leaves: dict[_Keys, Any] = {}
     for tree in trees:
         for keys, leaf in _leaves(tree).items():
             if keys in leaves:

@@ -32,19 +32,16 @@ def linen_path(path: tuple[Any, ...]) -> str:
 def _named(state: Any) -> dict[str, Any]:
     """Nested dict of arrays under Linen's paths from an NNX state."""
     pure = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
-    named = {linen_path(path): leaf for path, leaf in pure.items()}
-    if len(named) < len(pure):
-        first: dict[str, Any] = {}
-        one, other = next(
-            (first[name], path)
-            for path in pure
-            if first.setdefault(name := linen_path(path), path) != path
-        )
-        raise ValueError(
-            f"build: {one} and {other} of the module both have the path "
-            f"{linen_path(other)!r}; rename an attribute"
-        )
-    return tree.unflatten(named)
+    owners: dict[str, Any] = {}
+    for path in pure:
+        name = linen_path(path)
+        if name in owners:
+            raise ValueError(
+                f"build: {owners[name]} and {path} of the module both have the path "
+                f"{name!r}; rename an attribute"
+            )
+        owners[name] = path
+    return tree.unflatten({name: pure[path] for name, path in owners.items()})
 
 
 @functools.cache

@@ -46,9 +46,9 @@ def gaussian_kernel_sum(
             combination, as in a discrepancy, more digits are kept with a typical value
             of the kernel.
         tile: Rows of a tile; sets that are no longer are taken at once. Default: 512 on
-            a CPU, whose caches hold that. Elsewhere small steps take as long as their
-            start: up to 4096, as many as leave every device several tiles, and sets of
-            up to 2048 at once.
+            a CPU, whose caches hold that. Elsewhere (measured on a GPU) small steps
+            take as long as their start: up to 4096, as many as leave every device
+            several tiles, and sets of up to 2048 at once.
         axis_name: Name of a mapped axis (of ``shard_map`` or ``pmap``) that the rows
             are divided over: the sum is that of the rows of all devices, and every
             device computes its share of the tiles.

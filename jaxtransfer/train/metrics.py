@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from jaxtransfer.losses.reduction import widen
 from jaxtransfer.typing import Batch, Mean, Metrics, Predict
 
 ABSENT = -1e9
@@ -35,8 +36,7 @@ def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
         >>> float(pair.total), float(pair.count)
         (1.0, 2.0)
     """
-    values = jnp.asarray(values)
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = widen(jnp.asarray(values))
     if where is None:
         return Mean(jnp.sum(values), jnp.asarray(values.size, values.dtype))
     where = jnp.broadcast_to(cover(where, values), values.shape)
@@ -99,15 +99,21 @@ def value(pair: Mean) -> jax.Array:
 
 
 def norm(tree: Any) -> jax.Array:
-    """Norm of all numbers of a tree, in float32 or wider.
+    """Euclidean norm of all numbers of a tree, in float32 or wider.
 
     Squares of float16 overflow and vanish.
+
+    Args:
+        tree: pytree of arrays.
+
+    Returns:
+        Scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(norm({"a": jnp.full(1, 3e4, jnp.float16), "b": jnp.full(1, 4e4)}))
+        50000.0
     """
-
-    def widen(leaf: ArrayLike) -> jax.Array:
-        kind = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-        return jnp.asarray(leaf, kind)
-
     return optax.tree.norm(jax.tree.map(widen, tree))
 
 

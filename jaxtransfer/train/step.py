@@ -68,7 +68,15 @@ def _checked(before: TrainState, after: TrainState) -> TrainState:
 def extra_arguments(
     optimizer: optax.GradientTransformation, **extra: Any
 ) -> dict[str, Any]:
-    """The extra arguments that an optimizer takes; not every one takes any."""
+    """The extra arguments that an optimizer takes; not every one takes any.
+
+    Args:
+        optimizer: optax transformation, with extra arguments or without.
+        **extra: by the names that optax's have: ``value``, ``grad``, ``value_fn``.
+
+    Returns:
+        Those that its ``update`` has by name, or all if it takes any.
+    """
     parameters = inspect.signature(optimizer.update).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return extra

@@ -169,10 +169,11 @@ def _sharded(transformation):
     return (value[0], tuple(whole)), expected
 
 
-def _largest_square(n, m):
+def _largest_square(n, m, wrapped=lambda run: run, **options):
     """Side of it in the gradient, and whether that has a loop."""
     sets = [jax.ShapeDtypeStruct((rows, 8), jnp.float32) for rows in (n, m)]
-    traced = str(jax.make_jaxpr(jax.grad(kernel_sum, (0, 1)))(*sets))
+    run = jax.grad(functools.partial(kernel_sum, **options), (0, 1))
+    traced = str(jax.make_jaxpr(wrapped(run))(*sets))
     shapes = re.findall(r"f32\[(\d+),(\d+)\]", traced)
     return max(int(a) for a, b in shapes if a == b), "scan" in traced
 
@@ -192,6 +193,13 @@ def test_tiles_are_larger_where_small_steps_take_as_long(monkeypatch):
     assert _largest_square(2048, 1000) == (2048, False)
     assert _largest_square(8192, 5000) == (4096, True)
     assert _largest_square(4500, 4097) == (2256, True)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("data")
+    shared = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows)
+    )
+    # 16 tiles a side in all, so that each of 8 devices has several.
+    assert _largest_square(4800, 4800, shared, axis_name="data") == (608, True)
 
 
 @pytest.mark.parametrize("transformation", ["jit", "shard_map", "pmap"])
