@@ -224,13 +224,13 @@ def jit_step(step: Step, mesh: Mesh | None = None, *, donate: bool = True) -> St
 
 
 def _check_axis(step: Step, axis_name: str) -> None:
-    """Refuse a step of `train_step` that reduces over no or another axis."""
+    """Refuse a step of the library's that reduces over no or another axis."""
     made = getattr(step, "axis_name", axis_name)
     if made != axis_name:
         raise ValueError(
             f"step: was made with axis_name={made!r}, so devices of the axis "
-            f"{axis_name!r} would each learn from their own rows alone; build the step "
-            f"with train_step(..., axis_name={axis_name!r})"
+            f"{axis_name!r} would each see their own rows alone; build the step with "
+            f"train_step(..., axis_name={axis_name!r}), or eval_step likewise"
         )
 
 
@@ -238,8 +238,9 @@ def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
     """Compile a per-device step with ``shard_map``.
 
     Args:
-        step: pure step, from :func:`~jaxtransfer.train.train_step` with ``axis_name``
-            or one of your own that reduces over it.
+        step: pure step, from :func:`~jaxtransfer.train.train_step` or
+            :func:`~jaxtransfer.train.eval_step` with ``axis_name``, or one of your own
+            that reduces over it.
         mesh: one-dimensional mesh that has the axis.
         axis_name: the axis.
 
@@ -255,9 +256,7 @@ def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
             f"axis_name {axis_name!r} is not an axis of the mesh, {mesh.axis_names}"
         )
     _check_axis(step, axis_name)
-    mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(P(), P(axis_name)), out_specs=(P(), P())
-    )
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(axis_name)), out_specs=P())
     compiled = jit(mapped, mesh)
 
     def call(state: Any, batch: Batch) -> Any:
@@ -270,8 +269,9 @@ def pmap_step(step: Step, axis_name: str = "data") -> Step:
     """Compile a per-device step with ``jax.pmap`` over this host's devices.
 
     Args:
-        step: pure step, from :func:`~jaxtransfer.train.train_step` with ``axis_name``
-            or one of your own that reduces over it.
+        step: pure step, from :func:`~jaxtransfer.train.train_step` or
+            :func:`~jaxtransfer.train.eval_step` with ``axis_name``, or one of your own
+            that reduces over it.
         axis_name: the axis.
 
     Returns:
@@ -283,9 +283,7 @@ def pmap_step(step: Step, axis_name: str = "data") -> Step:
             split over the devices.
     """
     _check_axis(step, axis_name)
-    compiled = jax.pmap(
-        step, axis_name=axis_name, in_axes=(None, 0), out_axes=(None, None)
-    )
+    compiled = jax.pmap(step, axis_name=axis_name, in_axes=(None, 0), out_axes=None)
 
     def call(state: Any, batch: Batch) -> Any:
         devices = jax.local_device_count()

@@ -409,6 +409,13 @@ def test_measuring_over_a_mesh(mesh):
     )
     close(metrics.finalize(split), plain, 1e-6)
     assert float(split["accuracy"].count) == 11
+    own = eval_step(metrics.classification(finetune.predict(net)), axis_name="data")
+    for run in parallel.shard_map_step(own, mesh), parallel.pmap_step(own):
+        summed = run(state, batch)
+        close(metrics.finalize(summed), plain, 1e-6)
+        assert float(summed["accuracy"].count) == 11
+    with pytest.raises(ValueError, match="eval_step likewise"):
+        parallel.pmap_step(measure)
 
 
 @pytest.mark.parametrize("way", ["mesh", "pmap", "shard_map"])

@@ -78,8 +78,7 @@ def maximum_mean_discrepancy(
 
     Returns:
         Scalar, float32 or wider; 0 if too few rows count (one a side, two but for the
-        biased estimator). But for "fourier" it has no derivative in forward mode
-        (``jax.jvp``): take ``jnp.vdot(jax.grad(f)(x), v)``.
+        biased estimator).
 
     Raises:
         ValueError: If the inputs are not matrices of equal width, a side has too few

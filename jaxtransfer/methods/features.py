@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from jaxtransfer import losses
+from jaxtransfer.losses.classification import classified
 from jaxtransfer.methods._supervised import task_loss
 from jaxtransfer.ops.products import product
 from jaxtransfer.parallel import jit
@@ -175,7 +177,6 @@ def predict(source: Model, head: Model, *, tap: str) -> Predict:
     return outputs
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "iterations"))
 def logistic_regression(
     features: Float[Array, "batch dim"],
     labels: Int[Array, " batch"],
@@ -206,7 +207,7 @@ def logistic_regression(
 
     Raises:
         ValueError: the features are not ``[batch, dim]``, or the labels not one for
-            each row.
+            each row; outside of ``jit``, a label is out of range or ``l2`` negative.
 
     Example:
         >>> import jax.numpy as jnp
@@ -225,11 +226,21 @@ def logistic_regression(
             f"labels: got shape {jnp.shape(labels)} for features of {len(features)} "
             "rows; give one for each row"
         )
-    rows = jnp.ones(len(features), bool) if where is None else where
+    if not isinstance(l2, jax.core.Tracer) and not np.all(np.asarray(l2) >= 0):
+        raise ValueError(
+            f"l2: got {l2}, needs 0 or more; a negative one has no minimum"
+        )
+    if where is None:
+        where = jnp.ones(len(features), bool)
+    _, labels, where = classified(jnp.zeros((len(features), classes)), labels, where)
+    return _fit_probe(features, labels, classes, l2, iterations, where)
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "iterations"))
+def _fit_probe(features, labels, classes, l2, iterations, rows):
     dtype = jnp.promote_types(features.dtype, jnp.float32)
     weight = (rows / jnp.maximum(rows.sum(), 1)).astype(dtype)
     features = jnp.where(rows[:, None], features.astype(dtype), 0)
-    labels = jnp.where(rows, labels, 0)
     centre = product(weight, features)
     deviation = jnp.sqrt(product(weight, (features - centre) ** 2))
     # What is constant but for rounding is left as it is.

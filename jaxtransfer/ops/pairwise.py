@@ -55,8 +55,7 @@ def gaussian_kernel_sum(
 
     Returns:
         Scalar, float32 or wider. Its gradient reaches x and y only; second
-        derivatives work, at the memory of all tiles. There is none in forward mode
-        (``jax.jvp``): take ``jnp.vdot(jax.grad(f)(x), v)``.
+        derivatives work, at the memory of all tiles.
 
     Raises:
         ValueError: If the inputs are not matrices of equal width, or the tile is not
@@ -123,22 +122,16 @@ def _rows_of_a_tile(n, m, axis_name):
     return -(-even // 16) * 16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sum(tile, axis_name, *arrays):
     return _pass(tile, axis_name, False, *arrays)[0]
 
 
-def _sum_forward(tile, axis_name, *arrays):
+@_sum.defjvp
+def _sum_jvp(tile, axis_name, arrays, tangents):
     value, gradients = _pass(tile, axis_name, True, *arrays)
-    return value, (gradients, arrays)
-
-
-def _sum_backward(tile, axis_name, residuals, cotangent):
-    (of_x, of_y), (_, _, *rest) = residuals
-    return cotangent * of_x, cotangent * of_y, *map(jnp.zeros_like, rest)
-
-
-_sum.defvjp(_sum_forward, _sum_backward)
+    moved = zip(gradients, tangents[:2], strict=True)
+    return value, sum(jnp.sum(gradient * tangent) for gradient, tangent in moved)
 
 
 def _pass(tile, axis_name, with_slopes, x, y, shift, u, v, coefficients, *kernel):

@@ -287,11 +287,13 @@ def eval_step(
     Args:
         metric_fn: ``(params, frozen, model_state, batch) -> metrics``, e.g.
             :func:`~jaxtransfer.train.metrics.classification`.
-        axis_name: as in :func:`train_step`.
+        axis_name: as in :func:`train_step`; rows may be left out by ``"where"``, for
+            totals and counts are summed.
 
     Returns:
         ``(state, batch) -> metrics`` as (sum, count) pairs, to be merged with
-        :func:`~jaxtransfer.train.metrics.merge`.
+        :func:`~jaxtransfer.train.metrics.merge`; its attribute ``axis_name`` is the
+        one given.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -310,4 +312,5 @@ def eval_step(
         )
         return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
 
+    step.axis_name = axis_name  # pyright: ignore[reportFunctionMemberAccess]
     return step

@@ -182,6 +182,14 @@ def test_the_probe_wants_a_label_a_row(types_unchecked):
         features.logistic_regression(jnp.ones((7, 2)), jnp.zeros(5, int), classes=2)
 
 
+def test_the_probe_refuses_a_negative_penalty_and_labels_of_no_class():
+    x, labels = jnp.arange(6.0).reshape(3, 2), jnp.array([0, 1, 2])
+    with pytest.raises(ValueError, match="l2: got -0.1, needs 0 or more"):
+        features.logistic_regression(x, labels, classes=3, l2=-0.1)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 2\).*got \[2\]"):
+        features.logistic_regression(x, labels, classes=2)
+
+
 def test_the_probe_may_be_vmapped_over_its_penalty():
     train, _ = digits.digits()
     x, labels = jnp.asarray(train["inputs"][:60]), jnp.asarray(train["labels"][:60] % 3)

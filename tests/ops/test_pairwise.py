@@ -81,10 +81,11 @@ def test_value_alone_is_the_same(float64):
         np.testing.assert_allclose(got, expected, rtol=1e-13)
 
 
-def test_second_derivatives(float64):
+def test_derivatives_of_both_orders_and_modes(float64):
     x, y, u, v = (jnp.asarray(array) for array in _sets(4, 3, 2))
-    value = jax.jit(lambda x, y: _tiled(2)(x, y, u, v))
-    check_grads(value, (x, y), order=2, modes=["rev"])
+    for tile in 2, 4:
+        value = jax.jit(lambda x, y, tile=tile: _tiled(tile)(x, y, u, v))
+        check_grads(value, (x, y), order=2, modes=["fwd", "rev"])
 
 
 def test_offset_counts_once_a_pair(float64):
