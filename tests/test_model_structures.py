@@ -232,3 +232,6 @@ def test_a_tap_that_is_kept_within_says_so():
     net = from_linen(_Lifted("scan"))
     with pytest.raises(ValueError, match="tap 'part/inner' names no module whose out"):
         net.apply(net.init(KEY, X), X, taps=("part/inner",))
+    net = from_nnx(_Looped)
+    with pytest.raises(ValueError, match=r"\('rnn/cell',\): one .* within a loop or a"):
+        net.apply(net.init(KEY, X), X, taps=("rnn/cell",))

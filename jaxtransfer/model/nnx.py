@@ -75,6 +75,10 @@ def _hold_calls(module: nnx.Module, held: tuple[str, ...]) -> None:
             object.__setattr__(part, "__class__", _calm(type(part)))
 
 
+_RECORD = "last_output_"
+"""Attribute of a tapped module, while it is called."""
+
+
 @functools.cache
 def _recording(kind: type[nnx.Module]) -> type[nnx.Module]:
     """The same module, with what its last call returned as a variable."""
@@ -83,7 +87,7 @@ def _recording(kind: type[nnx.Module]) -> type[nnx.Module]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = method(self, *args, **kwargs)
-        self.last_output_.set_value((output,))
+        getattr(self, _RECORD).set_value((output,))
         return output
 
     return type(kind.__name__, (kind,), {"__call__": call})
@@ -101,7 +105,7 @@ def _record(module: nnx.Module, taps: tuple[str, ...]) -> dict[str, Any]:
         path: part for path, part in parts.items() if path in taps and callable(part)
     }
     for part in tapped.values():
-        part.last_output_ = nnx.data(nnx.Intermediate(()))
+        setattr(part, _RECORD, nnx.data(nnx.Intermediate(())))
         object.__setattr__(part, "__class__", _recording(type(part)))
     return tapped
 
@@ -110,9 +114,9 @@ def _recorded(tapped: Mapping[str, Any]) -> dict[str, Any]:
     """What they returned; they are as they were before."""
     found = {}
     for path, part in tapped.items():
-        if part.last_output_.get_value():
-            (found[path],) = part.last_output_.get_value()
-        del part.last_output_
+        if last := getattr(part, _RECORD).get_value():
+            (found[path],) = last
+        delattr(part, _RECORD)
         object.__setattr__(part, "__class__", type(part).__base__)
     return found
 
@@ -348,7 +352,15 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         if keyless:
             _forbid_draws((module, mode.get("rngs")))
         tapped = _record(module, taps)
-        output = module(*positional(inputs), **mode)  # pyright: ignore
+        try:
+            output = module(*positional(inputs), **mode)  # pyright: ignore
+        except (TypeError, ValueError) as error:
+            if _RECORD not in str(error):
+                raise
+            raise ValueError(
+                f"taps {taps}: one of them is called within a loop or a branch "
+                "(nnx.scan, nnx.RNN, nnx.cond); tap the module that has the loop"
+            ) from error
         return output, module, _recorded(tapped)
 
     def apply(
