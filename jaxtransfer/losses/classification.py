@@ -17,7 +17,7 @@ def cross_entropy(
     labels: Integer[AnyArray, "*batch"],
     *,
     label_smoothing: float = 0.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Cross-entropy of softmax predictions against integer labels, per example.
 
@@ -113,7 +113,7 @@ def accuracy(
     logits: Float[AnyArray, "*batch classes"],
     labels: Integer[AnyArray, "*batch"],
     *,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Whether the largest logit is that of the label: 1 or 0 per example.
 

@@ -25,7 +25,7 @@ from jaxtransfer.typing import AnyArray
 def entropy(
     logits: Float[AnyArray, "*batch classes"],
     *,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Entropy of softmax predictions, per example; TENT and entropy minimisation.
 
@@ -63,7 +63,7 @@ def entropy(
 def diversity(
     logits: Float[AnyArray, "*batch classes"],
     *,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, ""]:
     """Negative entropy of the mean prediction: least when all classes are predicted.
 
@@ -98,7 +98,7 @@ def diversity(
 def information_maximization(
     logits: Float[AnyArray, "*batch classes"],
     *,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, ""]:
     """Information maximisation (IM, SHOT): sure of each example, varied over all.
 
@@ -190,7 +190,7 @@ def pseudo_label(
     labelling_logits: Float[AnyArray, "*batch classes"],
     *,
     threshold: float | Float[AnyArray, ""] = 0.95,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Pseudo-label loss (FixMatch): cross-entropy against sure predictions of others.
 

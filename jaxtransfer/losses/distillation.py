@@ -34,7 +34,7 @@ def knowledge_distillation(
     temperature: float | Float[AnyArray, "*#batch"] = 4.0,
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward",
     beta: float | Float[AnyArray, ""] = 0.5,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Knowledge distillation (KD): divergence of softened predictions, per example.
 
@@ -96,7 +96,7 @@ def logit_matching(
     teacher_logits: Float[AnyArray, "*batch classes"],
     *,
     centred: bool = False,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Mean squared difference of logits, per example: mimic learning.
 
@@ -140,7 +140,7 @@ def standardize_logits(
     logits: Float[AnyArray, "*batch classes"],
     *,
     eps: float = 1e-7,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch classes"]:
     """Logits of mean 0 and standard deviation 1 over the classes (logit Z-score).
 
@@ -191,7 +191,7 @@ def dynamic_temperature(
     beta: float = 1.0,
     gamma: float = 1.0,
     minimum: float = 1.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Temperature per example, sharper where it is hard: dynamic temperatures (DTD).
 
@@ -312,7 +312,7 @@ def top_k_knowledge_distillation(
     k: int = 64,
     tail: Literal["renormalize", "bucket"] = "renormalize",
     temperature: float | Float[AnyArray, "*#batch"] = 1.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Knowledge distillation on the k classes that the teacher finds likeliest.
 
@@ -364,7 +364,7 @@ def cached_knowledge_distillation(
     tail: Literal["renormalize", "bucket"] = "renormalize",
     temperature: float | Float[AnyArray, "*#batch"] = 1.0,
     classes: int | None = None,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Knowledge distillation from a teacher's likeliest classes, stored before.
 

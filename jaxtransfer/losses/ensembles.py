@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.reduction import check_mask, first_axes, widen
 from jaxtransfer.losses.softened import (
     counted,
     kl_divergence,
@@ -29,7 +29,7 @@ def multi_teacher_distillation(
     combine: Literal["probabilities", "logits", "divergences"] = "probabilities",
     weights: Float[AnyArray, "teachers ..."] | None = None,
     temperature: float | Float[AnyArray, "*#batch"] = 4.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Distillation from an ensemble of teachers (multi-teacher KD), per example.
 
@@ -109,7 +109,7 @@ def mutual_learning(
     cohort_logits: Float[AnyArray, "students *batch classes"],
     *,
     temperature: float | Float[AnyArray, "*#batch"] = 1.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "students *batch"]:
     """Deep mutual learning (DML): every student against each of its peers.
 
@@ -174,10 +174,8 @@ def _shares(weights, shape, dtype):
     if not isinstance(weights, Tracer) and weights.is_fully_addressable:
         if not np.all(np.asarray(weights) >= 0):
             raise ValueError(f"weights must not be negative, got {weights}.")
-    if weights.ndim == 1:
-        weights = weights.reshape(-1, *[1] * (len(shape) - 1))
     try:
-        weights = jnp.broadcast_to(weights, shape)
+        weights = jnp.broadcast_to(first_axes(weights, len(shape)), shape)
     except ValueError:
         weights = None
     if weights is None or given[0] != shape[0]:

@@ -171,7 +171,7 @@ def learning_without_forgetting(
     recorded_logits: Float[AnyArray, "*batch classes"],
     *,
     temperature: float | Float[Array, ""] = 2.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Learning without forgetting (LwF): the old head says what it said, per example.
 

@@ -28,7 +28,7 @@ def target_class_distillation(
     labels: Integer[AnyArray, "*batch"],
     *,
     temperature: float | Float[AnyArray, "*#batch"] = 4.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Target class distillation (TCKD): the labelled class against all others.
 
@@ -77,7 +77,7 @@ def nontarget_class_distillation(
     labels: Integer[AnyArray, "*batch"],
     *,
     temperature: float | Float[AnyArray, "*#batch"] = 4.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Non-target class distillation (NCKD): the classes that are not the label.
 
@@ -125,7 +125,7 @@ def decoupled_knowledge_distillation(
     alpha: float | Float[AnyArray, ""] = 1.0,
     beta: float | Float[AnyArray, ""] = 8.0,
     temperature: float | Float[AnyArray, "*#batch"] = 4.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Decoupled knowledge distillation (DKD): its two parts, weighed freely.
 
@@ -178,7 +178,7 @@ def normalized_knowledge_distillation(
     *,
     gamma: float | Float[AnyArray, ""] = 1.5,
     temperature: float | Float[AnyArray, "*#batch"] = 1.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Normalised knowledge distillation (NKD): soft label of the target, then the rest.
 
@@ -232,7 +232,7 @@ def weighted_soft_label_distillation(
     labels: Integer[AnyArray, "*batch"],
     *,
     temperature: float | Float[AnyArray, "*#batch"] = 2.0,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Weighted soft labels (WSLD): less weight where the student beats its teacher.
 
@@ -287,7 +287,7 @@ def virtual_teacher_distillation(
     correct_probability: float = 0.99,
     temperature: float | Float[AnyArray, "*#batch"] = 20.0,
     form: Literal["paper", "code"] = "paper",
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Teacher-free distillation (Tf-KD reg) from a teacher made of the label.
 

@@ -16,14 +16,15 @@ def mean(
 
     Args:
         values: Values [...] of any shape.
-        where: Which values count, a mask that broadcasts to ``values``; default all.
+        where: Which values count: a mask of the shape of ``values``, or of its first
+            axes; default all.
 
     Returns:
         Scalar, float32 or wider.
 
     Raises:
-        ValueError: If ``where`` does not broadcast to the shape of ``values``, or is
-            not boolean.
+        ValueError: If ``where`` does not fit the shape of ``values``, or is not
+            boolean.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,17 +60,26 @@ def absolute_power(values, power):
     return values if isinstance(power, int | float) and power == 1 else values**power
 
 
+def first_axes(array: AnyArray, ndim: int) -> Array:
+    """An array of the first of ``ndim`` axes, so that it broadcasts over the others."""
+    array = jnp.asarray(array)
+    return array.reshape(array.shape + (1,) * max(ndim - array.ndim, 0))
+
+
 def check_mask(name, where, shape):
-    """The mask broadcast to ``shape``; a ValueError that names it if it can't be."""
+    """The mask broadcast to ``shape``; a ValueError that names it if it can't be.
+
+    One of fewer axes is of the first: ``[batch]`` of examples, whatever they hold.
+    """
     where = jnp.asarray(where)
     if where.dtype != bool:
         raise ValueError(
             f"{name} must be boolean, got {where.dtype}; use `{name} > 0`."
         )
     try:
-        return jnp.broadcast_to(where, shape)
+        return jnp.broadcast_to(first_axes(where, len(shape)), shape)
     except ValueError:
         raise ValueError(
-            f"{name} of shape {where.shape} does not broadcast to {shape}, the "
-            "shape of what it masks."
+            f"{name} of shape {where.shape} does not fit {shape}, the shape of what it "
+            "masks; give a mask of its first axes or of all."
         ) from None

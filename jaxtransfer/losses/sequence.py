@@ -135,7 +135,7 @@ def chunked_token_distillation(
     temperature: float | Float[AnyArray, ""] = 1.0,
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward",
     beta: float | Float[AnyArray, ""] = 0.5,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Word-level distillation from hidden states, a chunk of the tokens at a time.
 

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxtransfer.losses.classification import classified
-from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.losses.reduction import check_mask, first_axes, widen
 from jaxtransfer.ops.products import product
 
 
@@ -33,11 +33,12 @@ def tempered(temperature, shape, where, *logits):
     """``T^2`` and ``z / T`` of each, T a number or one an example."""
     if np.ndim(temperature):
         try:
-            temperature = jnp.broadcast_to(temperature, shape)
+            wide = first_axes(temperature, len(shape))
+            temperature = jnp.broadcast_to(wide, shape)
         except ValueError:
             raise ValueError(
-                f"temperature of shape {np.shape(temperature)} does not broadcast to "
-                f"{shape}, the examples; give one number, or one an example."
+                f"temperature of shape {np.shape(temperature)} does not fit {shape}, "
+                "the examples; give one number, or one an example."
             ) from None
         if where is not None:
             temperature = jnp.where(where, temperature, 1.0)

@@ -97,7 +97,7 @@ def hidden_matching(
     student_hidden: Float[AnyArray, "*batch features"],
     teacher_hidden: Float[AnyArray, "*batch features"],
     *,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Mean squared error (MSE) of hidden states, a token: TinyBERT, TextBrewer.
 
@@ -134,7 +134,7 @@ def hidden_cosine(
     student_hidden: Float[AnyArray, "*batch features"],
     teacher_hidden: Float[AnyArray, "*batch features"],
     *,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Cosine distance of hidden states, a token: DistilBERT.
 
@@ -170,7 +170,7 @@ def patient_distillation(
     student_hidden: Float[AnyArray, "*batch features"],
     teacher_hidden: Float[AnyArray, "*batch features"],
     *,
-    where: Bool[AnyArray, "*batch"] | None = None,
+    where: Bool[AnyArray, "..."] | None = None,
 ) -> Float[Array, "*batch"]:
     """Patient knowledge distillation (PKD): squared distance of unit hidden states.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxtransfer.losses.reduction import widen
+from jaxtransfer.losses.reduction import first_axes, widen
 from jaxtransfer.typing import Batch, Mean, Metrics, Predict
 
 ABSENT = -1e9
@@ -58,7 +58,7 @@ def cover(where: ArrayLike, values: ArrayLike) -> jax.Array:
     where = jnp.asarray(where)
     if where.dtype != bool:
         raise ValueError(f"where: must be boolean, got {where.dtype}; use `where > 0`")
-    return where.reshape(where.shape + (1,) * max(jnp.ndim(values) - where.ndim, 0))
+    return first_axes(where, jnp.ndim(values))
 
 
 def counted(outputs: Any, batch: Batch) -> tuple[Any, jax.Array]:
@@ -68,7 +68,8 @@ def counted(outputs: Any, batch: Batch) -> tuple[Any, jax.Array]:
         outputs: ``[batch, ..., classes]``.
         batch: ``"labels" [batch, ...]``; ``"where"``, for rows that count, whose labels
             may be anything elsewhere and become 0; ``"classes" [classes]`` or ``[batch,
-            classes]``, where the logits of the others become ``ABSENT``.
+            classes]``, where the logits of the others become ``ABSENT``, at all places
+            of an example.
 
     Raises:
         ValueError: ``"classes"`` is not one for each output, or ``"where"`` is not
@@ -84,6 +85,8 @@ def counted(outputs: Any, batch: Batch) -> tuple[Any, jax.Array]:
                 f"classes: got shape {present.shape} for outputs {outputs.shape}; give "
                 "[classes], or [batch, classes] where a batch is divided among devices"
             )
+        if present.ndim > 1:
+            present = jnp.expand_dims(present, range(1, outputs.ndim - 1))
         outputs = jnp.where(present, outputs, ABSENT)
     return outputs, labels
 

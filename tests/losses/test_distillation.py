@@ -356,7 +356,7 @@ ROWS = jnp.zeros((2, 3))
             "knowledge_distillation",
             (ROWS, ROWS),
             {"temperature": jnp.ones(3)},
-            r"temperature of shape \(3,\) does not broadcast to \(2,\)",
+            r"temperature of shape \(3,\) does not fit \(2,\)",
         ),
         (
             "knowledge_distillation",

@@ -43,7 +43,7 @@ def test_mask_broadcasts_and_bad_masks_say_so():
     where = jnp.array([[True], [False]])
     assert losses.mean(jnp.array([[1.0, 3.0], [9.0, 9.0]]), where=where) == 2.0
     mean = inspect.unwrap(losses.mean)
-    with pytest.raises(ValueError, match="where of shape .3,. does not broadcast"):
+    with pytest.raises(ValueError, match="where of shape .3,. does not fit"):
         mean(jnp.ones(2), where=jnp.ones(3, bool))
     with pytest.raises(ValueError, match="where must be boolean, got float32"):
         mean(jnp.ones(2), where=jnp.ones(2))

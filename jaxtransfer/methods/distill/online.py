@@ -124,8 +124,9 @@ def mutual_objective(
         )
         where = batch.get("where")
         mutual = losses.mutual_learning(outputs, temperature=temperature, where=where)
-        rows = where if where is None else jnp.broadcast_to(where, mutual.shape)
-        together = metrics.mean(mutual, where=rows)
+        if where is not None:
+            where = jnp.broadcast_to(metrics.cover(where, mutual[0]), mutual.shape)
+        together = metrics.mean(mutual, where=where)
         total = jnp.sum(tasks) + weight * count * metrics.value(together)
         measured = {
             name: Mean(jnp.sum(pair.total), jnp.sum(pair.count))

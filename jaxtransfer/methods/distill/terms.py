@@ -33,8 +33,8 @@ class Term:
     :mod:`jaxtransfer.losses` of that form fits as it is.
 
     Attributes:
-        loss: ``-> [batch, ...]`` or a scalar. It is given ``where=[batch]`` when not
-            all rows count.
+        loss: ``-> [batch, ...]`` or a scalar. It is given ``where=`` when not all rows
+            count.
         weight: a number or a schedule; a term of weight 0.0 is not computed, and a
             teacher that no term needs is not run.
         student: what of the student; see :data:`Path`.
@@ -55,6 +55,10 @@ class Term:
         random: whether the loss is given a ``key=``.
         rows: name of a boolean array ``[batch]`` of the batch: rows this teacher
             teaches.
+        where: name of the boolean array of the batch that says what counts, ``[batch]``
+            or one of more axes (tokens, pixels) where the loss has them; None if all
+            counts. A loss of features has one value an example, and takes no mask of
+            pixels.
 
     Example:
         >>> from jaxtransfer import losses
@@ -74,6 +78,7 @@ class Term:
     state: Any = None
     random: bool = False
     rows: str | None = None
+    where: str | None = "where"
 
     @property
     def absent(self) -> bool:
@@ -119,7 +124,12 @@ def counting_rows(term: Term, batch: Batch) -> jax.Array | None:
     Raises:
         ValueError: the batch lacks the array that says which, or has no boolean one.
     """
-    where = batch.get("where")
+    where = None if term.where is None else batch.get(term.where)
+    if where is None and term.where not in (None, "where"):
+        raise ValueError(
+            f"where: the batch has no {term.where!r}, which says what counts; it has "
+            f"{sorted(batch)}"
+        )
     if where is not None:
         where = jnp.asarray(where)
     if term.rows is None:
@@ -133,10 +143,10 @@ def counting_rows(term: Term, batch: Batch) -> jax.Array | None:
     rows = check_mask(term.rows, rows, rows.shape)
     if where is None:
         return rows
-    where = check_mask("where", where, where.shape)
+    where = check_mask(term.where, where, where.shape)
     if rows.shape[:1] != where.shape[:1]:
         raise ValueError(
-            f"rows: the batch's {term.rows!r} is {rows.shape}, its 'where' "
+            f"rows: the batch's {term.rows!r} is {rows.shape}, its {term.where!r} "
             f"{where.shape}; give one a row, [batch]"
         )
     # Of tokens, where is [batch, length].
@@ -182,15 +192,17 @@ def evaluate(
             )
         options["state"] = carried[name]
     given = [batch[needed] for needed in term.batch]
-    found = term.loss(*student, *teacher, *given, **options)
+    try:
+        found = term.loss(*student, *teacher, *given, **options)
+    except Exception as error:
+        error.add_note(f"This was the loss of the term {name!r}.")
+        raise
     if term.state is not None:
         found, after = found
         carried[name] = jax.lax.stop_gradient(after)
     value = jnp.asarray(found)
     if value.ndim == 0:
         return metrics.mean(value)
-    if where is not None:
-        where = where.reshape(where.shape + (1,) * (value.ndim - where.ndim))
     return metrics.mean(value, where=where)
 
 
