@@ -235,3 +235,72 @@ def test_a_tap_that_is_kept_within_says_so():
     net = from_nnx(_Looped)
     with pytest.raises(ValueError, match=r"\('rnn/cell',\): one .* within a loop or a"):
         net.apply(net.init(KEY, X), X, taps=("rnn/cell",))
+
+
+class _ByField(nn.Module):
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(5, name="stem")(x)
+        x = nn.BatchNorm(use_running_average=not self.train, name="norm")(x)
+        return nn.Dropout(0.5, deterministic=not self.train)(x)
+
+
+class _ByArgument(nn.Module):
+    @nn.compact
+    def __call__(self, x, is_train=False):
+        return _ByField(is_train)(x)
+
+
+class _ByAttribute(nnx.Module):
+    training = False
+
+    def __init__(self, rngs):
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.norm(x, use_running_average=not self.training)
+        return self.drop(x, deterministic=not self.training)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [from_linen(_ByField()), from_linen(_ByArgument()), from_nnx(_ByAttribute)],
+    ids=["field", "is_train", "attribute"],
+)
+def test_a_mode_by_another_way_is_told_too(net):
+    variables = net.init(KEY, X)
+    still, _, same_state = net.apply(variables, X)
+    outputs = [
+        net.apply(variables, X, train=True, key=k) for k in jax.random.split(KEY)
+    ]
+    assert not same(outputs[0][0], outputs[1][0])
+    assert same(same_state, variables.model_state)
+    assert not same(outputs[0][2], variables.model_state)
+    held, _, kept = net.apply(variables, X, train=True, key=KEY, held=("",))
+    assert same(held, still)
+    assert same(kept, variables.model_state)
+
+
+class _Unknown(nn.Module):
+    def __call__(self, x, train_mode=True):
+        return x
+
+
+class _UnknownNNX(nnx.Module):
+    def __init__(self, rngs):
+        pass
+
+    def __call__(self, x, evaluating=True):
+        return x
+
+
+def test_a_mode_of_an_unknown_name_is_refused():
+    with pytest.raises(
+        TypeError, match=r"_Unknown.__call__: 'trainable' seems.* train,"
+    ):
+        from_linen(_Unknown())
+    with pytest.raises(TypeError, match="_UnknownNNX.__call__: 'evaluating' seems"):
+        from_nnx(_UnknownNNX).init(KEY, X)

@@ -1,14 +1,19 @@
 """How a module is called and tapped: what the adapters have in common."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtransfer import tree
 from jaxtransfer.typing import Inputs, Variables
 
-_ON_IN_TRAINING = ("train", "training", "is_training", "update_stats")
-_OFF_IN_TRAINING = ("deterministic", "use_running_average")
+_ON_IN_TRAINING = ("train", "training", "is_train", "is_training", "update_stats")
+_OFF_IN_TRAINING = ("deterministic", "use_running_average", "inference")
+MODE_NAMES = (*_ON_IN_TRAINING, *_OFF_IN_TRAINING)
+"""Arguments and fields by which modules are told whether they train."""
+
+_MODE = re.compile(r"(^|_)(train(ing)?|eval(uat\w+)?|infer(ence)?|determin\w+)(_|$)")
 
 
 def mode_arguments(function: Callable[..., Any], train: bool) -> dict[str, Any]:
@@ -18,6 +23,30 @@ def mode_arguments(function: Callable[..., Any], train: bool) -> dict[str, Any]:
         **{name: train for name in _ON_IN_TRAINING if name in known},
         **{name: not train for name in _OFF_IN_TRAINING if name in known},
     }
+
+
+def set_mode(module: Any, train: bool) -> None:
+    """Set the attributes of a module, True or False, that say whether it trains."""
+    for names, value in (_ON_IN_TRAINING, train), (_OFF_IN_TRAINING, not train):
+        for name in names:
+            if isinstance(getattr(module, name, None), bool):
+                setattr(module, name, value)
+
+
+def check_mode(call: Callable[..., Any]) -> None:
+    """Refuse a call that seems to be told whether it trains by a name of its own.
+
+    Raises:
+        TypeError: it has such an argument, and none of :data:`MODE_NAMES`.
+    """
+    names = inspect.signature(call).parameters
+    own = [name for name in names if _MODE.search(name)]
+    if own and not mode_arguments(call, True):
+        raise TypeError(
+            f"{call.__qualname__}: {own[0]!r} seems to say whether it trains and would "
+            f"never be given; name it as one of {', '.join(MODE_NAMES)}, in a subclass "
+            "perhaps"
+        )
 
 
 def positional(inputs: Inputs) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import jax
 from jaxtransfer import prng
 from jaxtransfer.model.calls import (
     check_held,
+    check_mode,
     lies_under,
     mode_arguments,
     outputs_by_path,
@@ -64,6 +65,14 @@ def _hold(held: tuple[str, ...]) -> Callable[..., Any]:
     return interceptor
 
 
+def _in_mode(module: nn.Module, train: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The module in training or evaluation mode, and what its call is told of it."""
+    told = mode_arguments(type(module).__call__, train)
+    fields = mode_arguments(type(module), train).items()
+    fields = {name: value for name, value in fields if name not in told}
+    return module.clone(**fields) if fields else module, told
+
+
 def _sown(
     module: nn.Module,
     collections: Mapping[str, Any],
@@ -79,7 +88,7 @@ def _sown(
     likely = [name for name, values in collections.items() if has_tuples(values)]
     if not likely:
         return []
-    mode = mode_arguments(type(module).__call__, False)
+    module, mode = _in_mode(module, False)
     _, after = jax.eval_shape(
         lambda given: module.apply(
             given, *positional(inputs), **mode, mutable=likely, rngs=dict(rngs)
@@ -95,9 +104,10 @@ def from_linen(
 ) -> Model:
     """Wrap a Linen module as a :class:`~jaxtransfer.typing.Model`.
 
-    Training mode reaches the module through whichever of the arguments ``train``,
-    ``training``, ``is_training``, ``update_stats``, ``deterministic`` and
-    ``use_running_average`` its ``__call__`` has. Taps are module paths
+    Training mode reaches the module through whichever of ``train``, ``training``,
+    ``is_train``, ``is_training``, ``update_stats``, ``deterministic``,
+    ``use_running_average`` and ``inference`` are arguments of its ``__call__``, or else
+    its fields; not through a ``**kwargs``. Taps are module paths
     (``"block1/conv"``); a module that is called several times is tapped at its last
     call. Under ``jit`` what lies behind the last value that is used is not computed.
     What a module sows is an output, not state, and is not kept.
@@ -111,6 +121,9 @@ def from_linen(
         The model. ``apply`` raises ``ValueError`` for a tap or a held module that does
         not exist, ``TypeError`` for a string in place of a tuple of them.
 
+    Raises:
+        TypeError: ``__call__`` seems to have an argument of another name for the mode.
+
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
         >>> model = from_linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
@@ -120,12 +133,12 @@ def from_linen(
         >>> logits.shape, features["layers_0"].shape
         ((5, 2), (5, 4))
     """
+    check_mode(type(module).__call__)
 
     def init(key: jax.Array, inputs: Inputs) -> Variables:
         rngs = {name: prng.stream(key, name) for name in ("params", *key_streams)}
-        collections = module.init(
-            rngs, *positional(inputs), **mode_arguments(type(module).__call__, False)
-        )
+        calm, mode = _in_mode(module, False)
+        collections = calm.init(rngs, *positional(inputs), **mode)
         collections = dict(nn.meta.unbox(collections))
         collections.pop("intermediates", None)
         params = collections.pop("params", {})
@@ -143,10 +156,11 @@ def from_linen(
     ) -> tuple[Any, dict[str, Any]]:
         train = train and "" not in held
         mutable = [*(variables.model_state if train else ())]
-        output = module.apply(
+        called, mode = _in_mode(module, train)
+        output = called.apply(
             {"params": variables.params, **variables.model_state},
             *positional(inputs),
-            **mode_arguments(type(module).__call__, train),
+            **mode,
             rngs={}
             if key is None
             else {name: prng.stream(key, name) for name in key_streams},

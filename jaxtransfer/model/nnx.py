@@ -12,11 +12,13 @@ from flax import nnx
 from jaxtransfer import prng, tree
 from jaxtransfer.model.calls import (
     check_held,
+    check_mode,
     lies_under,
     mode_arguments,
     paths,
     positional,
     select_taps,
+    set_mode,
 )
 from jaxtransfer.typing import Inputs, Model, ModelState, Variables
 
@@ -178,6 +180,7 @@ class _Skeleton:
 
     def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
         self.module = _abstract(build)
+        check_mode(type(self.module).__call__)
         _, state = nnx.split(self.module)
         types = {type(leaf) for _, leaf in nnx.to_flat_state(state)}
         self.types = sorted(
@@ -207,13 +210,18 @@ class _Skeleton:
         """Graph definition in training mode, what is under ``held`` in evaluation."""
 
         def view(module: nnx.Module, train: bool, only: Any) -> nnx.Module:
-            return nnx.view(
+            viewed = nnx.view(
                 module,
                 only=only,
                 raise_if_not_found=False,
                 deterministic=not train,
                 use_running_average=not train,
             )
+            chosen = nnx.filterlib.to_predicate(only)
+            for path, part in nnx.iter_modules(viewed):
+                if chosen(path, part):
+                    set_mode(part, train)
+            return viewed
 
         module = view(self.module, train, ...)
         if train and held:
@@ -276,9 +284,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     Args:
         build: ``nnx.Rngs -> nnx.Module``, no module itself; what it builds is called
             as ``module(inputs)``, or as ``module(*inputs)`` if ``inputs`` is a tuple.
-            Arguments ``train``, ``training``, ``is_training``, ``update_stats``,
-            ``deterministic``, ``use_running_average`` and ``rngs`` of its ``__call__``
-            are filled in.
+            Training mode reaches it as it does a Linen module: by arguments of its
+            ``__call__``, or by attributes of those names of any part that are True or
+            False. An argument ``rngs`` is filled in.
 
     Returns:
         The model. ``apply`` raises ``ValueError`` for a tap or a held module that does
@@ -287,7 +295,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
         ``ValueError`` where two paths become one, as of ``block[0]`` and ``block_0``.
 
     Raises:
-        TypeError: a module is given, not the function that builds it.
+        TypeError: a module is given, not the function that builds it; or, from
+            ``init`` and ``apply``, ``__call__`` seems to have an argument of another
+            name for the mode.
 
     Example:
         >>> import jax, jax.numpy as jnp
