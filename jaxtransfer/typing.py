@@ -33,8 +33,8 @@ class Mean(NamedTuple):
     """A metric as the pair (sum, count), so that merging it is exact.
 
     Attributes:
-        total: sum of the values, ``[]``.
-        count: how many values (or which weight) went into it, ``[]``.
+        total: sum of the values, ``[]``, or one a class ``[classes]``.
+        count: how many values (or which weight) went into it, of the same shape.
     """
 
     total: Shaped[Array, "..."] | float

@@ -54,8 +54,8 @@ def batches(
         `set_state`, which refuses the position in batches of another number of
         examples, `batch_size` of all shards, `seed`, `shuffle` or `repeat` (that the
         examples and `augment` are the same it can't see). Images of integers, `inputs`
-        `[batch_size, height, width, ...]` of uint8 or uint16, come out as float32 in
-        `[0, 1]`; everything else as it is.
+        and `teacher_inputs` `[batch_size, height, width, ...]` of uint8 or uint16, come
+        out as float32 in `[0, 1]`; everything else as it is.
 
     Raises:
         ValueError: an argument out of range, arrays of unequal length or with values
@@ -318,9 +318,10 @@ class _ReadPadded:
 def _scale(batch: Mapping[str, np.ndarray]) -> Example:
     """Images of uint8 or uint16 to `[0, 1]`; flat rows may be anything else."""
     batch = dict(batch)
-    inputs = batch.get("inputs")
-    if inputs is not None and inputs.ndim > 2 and inputs.dtype in (np.uint8, np.uint16):
-        batch["inputs"] = inputs.astype(np.float32) / top_of(inputs.dtype)
+    for name in ("inputs", "teacher_inputs"):
+        images = batch.get(name, np.empty(0))
+        if images.ndim > 2 and images.dtype in (np.uint8, np.uint16):
+            batch[name] = images.astype(np.float32) / top_of(images.dtype)
     return batch
 
 

@@ -10,12 +10,17 @@ import jax.numpy as jnp
 from jaxtransfer.typing import Batch
 
 
-def domains(batch: Batch) -> tuple[Batch, Batch]:
+def domains(batch: Batch, *, places: bool = False) -> tuple[Batch, Batch]:
     """The two domains of a batch.
 
+    Args:
+        batch: of both.
+        places: whether the source may have a mask of the places of its examples
+            (pixels), ``[batch, ...]``, which is the task loss's alone.
+
     Raises:
-        ValueError: one of them is missing, or has a mask, which a distance of sets
-            would not see.
+        ValueError: one of them is missing, or has a mask of examples, which a distance
+            of sets would not see.
     """
     for name in ("source", "target"):
         if name not in batch:
@@ -23,7 +28,10 @@ def domains(batch: Batch) -> tuple[Batch, Batch]:
                 f"batch: got {sorted(batch)}, but no {name!r}; give 'source' and "
                 "'target' (data.pairs makes such batches)"
             )
-        if "where" in batch[name]:
+        masked = "where" in batch[name]
+        if masked and not (
+            places and name == "source" and jnp.ndim(batch[name]["where"]) > 1
+        ):
             raise ValueError(
                 f"{name}: got 'where', but every row of a domain counts here; leave "
                 "out the rows that should not"

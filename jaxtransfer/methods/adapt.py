@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtransfer import losses, ops, prng
+from jaxtransfer import losses, ops, prng, tree
 from jaxtransfer.methods._domains import check_gathered_once, domains, gather, join
 from jaxtransfer.methods._supervised import task_loss
 from jaxtransfer.typing import (
@@ -238,6 +238,9 @@ def objective(
     domain goes through on its own and is normalised by its own statistics; the running
     ones, which prediction uses, are then the target's.
 
+    *Held layers.* ``finetune.split(init(...), "model/(layer3|head)|critic")`` holds all
+    others of the network, which run in evaluation mode; give ``init_state`` both parts.
+
     Args:
         model: network of ``params["model"]``; see :func:`init`.
         *terms: from :func:`align` and :func:`dann`.
@@ -251,15 +254,17 @@ def objective(
 
     Returns:
         Objective over ``{"source": {"inputs", "labels"}, "target": {"inputs"}}``. The
-        source may have ``"classes"``; its loss and metrics are those of
+        source may have ``"classes"``, and of outputs in many places (pixels) ``"where"
+        [batch, ...]``; its loss and metrics are those of
         :func:`~jaxtransfer.methods.finetune.objective`.
 
     Raises:
         ValueError: a ramp without ``steps``; two terms of one name, or of one that the
             objective or the step has; two of :func:`dann`, which would share a critic;
             (at the first call) source and target of different shapes, one of them empty
-            or with ``"where"``, two metrics of one name, a tap that does not exist,
-            ``axis_name`` in a distance too, or no network or critic.
+            or with a ``"where"`` of examples, two metrics of one name, a tap that does
+            not exist, ``axis_name`` in a distance too, no network or critic, or
+            something held that is of neither.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -302,10 +307,10 @@ def objective(
         batch: Batch,
         key: jax.Array,
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
-        del frozen
-        source, target = domains(batch)
+        source, target = domains(batch, places=True)
         count = len(jax.tree.leaves(source["inputs"])[0])
-        variables = _network(params, model_state)
+        params, held = _whole(params, frozen)
+        variables = Variables(params["model"], model_state["model"])
         model_key = prng.stream(key, "model")
         both = source["inputs"]
         if terms:
@@ -317,6 +322,7 @@ def objective(
                 train=True,
                 key=model_key,
                 taps=taps,
+                held=held,
             )
             _, of_target, network_state = model.apply(
                 variables,
@@ -324,10 +330,11 @@ def objective(
                 train=True,
                 key=prng.stream(key, "target"),
                 taps=taps,
+                held=held,
             )
         else:
             outputs, features, network_state = model.apply(
-                variables, both, train=True, key=model_key, taps=taps
+                variables, both, train=True, key=model_key, taps=taps, held=held
             )
             of_source = {tap: features[tap][:count] for tap in taps}
             of_target = {tap: features[tap][count:] for tap in taps}
@@ -362,18 +369,26 @@ def objective(
     return value
 
 
-def _network(params: Params, model_state: ModelState) -> Variables:
-    """The network of a training state.
+def _whole(params: Params, frozen: Frozen) -> tuple[Params, tuple[str, ...]]:
+    """What is trained and what is held, and the network's modules that are held.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no network, or something else is held.
     """
-    if "model" not in params:
+    held = frozen.get("params", {})
+    if other := sorted({*held} - {"model", "critic"}):
+        raise ValueError(
+            f"frozen['params']: got {other[0]!r}; split what adapt.init returns, whose "
+            "paths begin with model/ or critic/"
+        )
+    whole = tree.combine(params, held)
+    if "model" not in whole:
         raise ValueError(
             f"params: got {sorted(params)}, but no 'model'; begin with "
             "adapt.init(key, model, variables, inputs)"
         )
-    return Variables(params["model"], model_state["model"])
+    modules = tree.held_modules(params.get("model", {}), held.get("model", {}))
+    return whole, modules if held else ()
 
 
 def predict(model: Model) -> Predict:
@@ -389,8 +404,8 @@ def predict(model: Model) -> Predict:
     def run(
         params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
     ) -> Any:
-        del frozen
-        return model.apply(_network(params, model_state), inputs)[0]
+        params, _ = _whole(params, frozen)
+        return model.apply(Variables(params["model"], model_state["model"]), inputs)[0]
 
     return run
 

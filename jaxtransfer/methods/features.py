@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxtransfer import losses
 from jaxtransfer.losses.classification import classified
+from jaxtransfer.methods._inputs import check_scaled
 from jaxtransfer.methods._supervised import task_loss
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.products import product
 from jaxtransfer.parallel import jit
 from jaxtransfer.typing import (
@@ -81,8 +83,8 @@ def extract_all(
         Features ``[examples, ...]``; a tree of them if the layer's output is one.
 
     Raises:
-        ValueError: there are no examples or not as many in each array, the tap does not
-            exist, or ``batch_size`` is not positive.
+        ValueError: there are no examples or not as many in each array, they are images
+            of integers, the tap does not exist, or ``batch_size`` is not positive.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; it must be at least 1")
@@ -94,6 +96,7 @@ def extract_all(
     count = max(counts, default=0)
     if count == 0:
         raise ValueError("inputs: no examples to extract features of")
+    check_scaled("inputs", inputs)
     run = jit(extract(source, tap=tap))
     parts = []
     for start in range(0, count, batch_size):
@@ -238,7 +241,7 @@ def logistic_regression(
 
 @functools.partial(jax.jit, static_argnames=("classes", "iterations"))
 def _fit_probe(features, labels, classes, l2, iterations, rows):
-    dtype = jnp.promote_types(features.dtype, jnp.float32)
+    dtype = common_dtype(features, jnp.float32)
     weight = (rows / jnp.maximum(rows.sum(), 1)).astype(dtype)
     features = jnp.where(rows[:, None], features.astype(dtype), 0)
     centre = product(weight, features)

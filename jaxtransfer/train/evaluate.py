@@ -14,7 +14,7 @@ def evaluate_batches(
     eval_step: Callable[[Any, Any], dict[str, Mean]],
     state: Any,
     batches: Iterable[Any],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure a state on many batches, exactly.
 
     ``sum over batches of totals / sum over batches of counts``, added up on the host
@@ -27,10 +27,11 @@ def evaluate_batches(
         batches: a finite number of them.
 
     Returns:
-        Means by name.
+        Means by name: floats, or arrays of pairs that are arrays (one number a class).
+        A metric that is no pair counts once a batch, however many rows that has.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or a metric is an array and no pair.
 
     Example:
         >>> import jax, jax.numpy as jnp

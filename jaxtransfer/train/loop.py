@@ -204,7 +204,7 @@ def fit(
         if pending is not None:
             (first, last, (total, _, bad)), pending = pending, None
             check(first, bad)
-            means = metrics_lib.finalize(total)
+            means = _numbers(total)
             first_loss = sorted(means, key=lambda name: not name.endswith("loss"))
             report("train", last, {name: means[name] for name in first_loss})
 
@@ -276,12 +276,18 @@ def fit(
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {
+    found = {
         name: metrics_lib.finalize({name: value})[name]
         if isinstance(value, Mean)
-        else float(value)
+        else value
         for name, value in values.items()
     }
+    for name, value in found.items():
+        if np.ndim(value):
+            raise ValueError(
+                f"metrics: {name!r} has shape {np.shape(value)}; a run records numbers"
+            )
+    return {name: float(value) for name, value in found.items()}
 
 
 def _evaluated(folder: pathlib.Path | None, step: int) -> bool:

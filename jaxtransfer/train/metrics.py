@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -121,11 +122,23 @@ def norm(tree: Any) -> jax.Array:
 
 
 def promote(metrics: Metrics) -> dict[str, Mean]:
-    """Turn scalars into one-value means; pairs stay as they are."""
-    return {
-        name: value if isinstance(value, Mean) else mean(value)
-        for name, value in metrics.items()
-    }
+    """Turn scalars into one-value means; pairs stay as they are.
+
+    Raises:
+        ValueError: a metric is an array, of which nobody knows what counts.
+    """
+
+    def pair(name: str, value: Any) -> Mean:
+        if isinstance(value, Mean):
+            return value
+        if jnp.ndim(value):
+            raise ValueError(
+                f"metrics: {name!r} has shape {jnp.shape(value)}; give metrics.mean of "
+                "values, or Mean(total, count), of arrays too (of classes)"
+            )
+        return mean(value)
+
+    return {name: pair(name, value) for name, value in metrics.items()}
 
 
 def merge(first: Mapping[str, Mean], second: Mapping[str, Mean]) -> dict[str, Mean]:
@@ -146,13 +159,29 @@ def merge(first: Mapping[str, Mean], second: Mapping[str, Mean]) -> dict[str, Me
     return merged
 
 
-def finalize(metrics: Mapping[str, Mean]) -> dict[str, float]:
-    """Divide sums by counts, on the host; ``nan`` where nothing was counted."""
+def finalize(metrics: Mapping[str, Mean]) -> dict[str, Any]:
+    """Divide sums by counts, on the host; ``nan`` where nothing was counted.
+
+    Args:
+        metrics: pairs by name, of numbers or of arrays (one a class).
+
+    Returns:
+        A float each, or an array.
+
+    Example:
+        >>> pair = Mean(jnp.array([1.0, 0.0]), jnp.array([2.0, 0.0]))
+        >>> finalize({"recall": pair})["recall"].tolist()
+        [0.5, nan]
+    """
+
+    def divided(pair: Mean) -> Any:
+        total, count = map(np.asarray, pair)
+        known = count != 0
+        ratio = np.where(known, total / np.where(known, count, 1), np.nan)
+        return ratio if ratio.ndim else float(ratio)
+
     pairs = jax.device_get(dict(metrics))
-    return {
-        name: float(total / count) if count else float("nan")
-        for name, (total, count) in pairs.items()
-    }
+    return {name: divided(pair) for name, pair in pairs.items()}
 
 
 def classification(predict: Predict) -> Callable[..., Metrics]:

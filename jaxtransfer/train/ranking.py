@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.typing import AnyArray
 
 
@@ -53,7 +54,7 @@ def normalized_discounted_cumulative_gain(
     if top is not None and top < 1:
         raise ValueError(f"top: got {top}; it must be 1 or more, or None for all ranks")
     scores, gains = jnp.asarray(scores), jnp.asarray(gains)
-    gains = gains.astype(jnp.promote_types(gains.dtype, jnp.float32))
+    gains = gains.astype(common_dtype(gains, jnp.float32))
     there = jnp.ones(scores.shape, bool) if where is None else jnp.asarray(where)
     gains = jnp.where(there, gains, 0)
     ranks = jnp.arange(1, scores.shape[-1] + 1)

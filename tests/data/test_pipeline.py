@@ -149,8 +149,9 @@ def test_what_is_scaled(make):
     options = {"batch_size": 1} | ({"seed": 0} if make is data.batches else {})
     for kind in (np.uint8, np.uint16):
         white = np.full((1, 2, 2, 1), np.iinfo(kind).max, kind)
-        found = next(make({"inputs": white}, **options))["inputs"]
-        assert found.dtype == np.float32 and np.all(found == 1)
+        found = next(make({"inputs": white, "teacher_inputs": white}, **options))
+        for name in ("inputs", "teacher_inputs"):
+            assert found[name].dtype == np.float32 and np.all(found[name] == 1)
     for stays in (
         np.full((1, 3), 7, np.uint8),
         np.ones((1, 2, 2, 1), bool),

@@ -47,3 +47,42 @@ def test_mask_broadcasts_and_bad_masks_say_so():
         mean(jnp.ones(2), where=jnp.ones(3, bool))
     with pytest.raises(ValueError, match="where must be boolean, got float32"):
         mean(jnp.ones(2), where=jnp.ones(2))
+
+
+BY_EXAMPLE = {
+    "cross_entropy": lambda s, t, y, w: losses.cross_entropy(s, y, where=w),
+    "entropy": lambda s, t, y, w: losses.entropy(s, where=w),
+    "logit_matching": lambda s, t, y, w: losses.logit_matching(s, t, where=w),
+    "hidden_matching": lambda s, t, y, w: losses.hidden_matching(s, t, where=w),
+    "token": lambda s, t, y, w: losses.token_distillation(s, t, where=w),
+    "decoupled": lambda s, t, y, w: losses.decoupled_knowledge_distillation(
+        s, t, y, where=w
+    ),
+    "temperatures": lambda s, t, y, w: losses.knowledge_distillation(
+        s, t, temperature=jnp.arange(1.0, 4.0), where=w
+    ),
+    "mutual": lambda s, t, y, w: jnp.sum(
+        losses.mutual_learning(jnp.stack([s, t]), where=w), axis=0
+    ),
+    "teachers": lambda s, t, y, w: losses.multi_teacher_distillation(
+        s, jnp.stack([t, -t]), weights=jnp.array([[1.0, 2.0, 0.5]] * 2), where=w
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_EXAMPLE)
+def test_a_mask_of_fewer_axes_is_of_the_first(name, types_unchecked):
+    """Of the examples, even where these hold as many tokens."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    student, teacher = (jax.random.normal(key, (3, 3, 4)) for key in keys)
+    labels, where = jnp.arange(9).reshape(3, 3) % 4, jnp.array([True, False, True])
+    run = BY_EXAMPLE[name]
+    got = run(student, teacher, labels, where)
+    assert got.shape == (3, 3)
+    everywhere = jnp.broadcast_to(where[:, None], (3, 3))
+    np.testing.assert_array_equal(got, run(student, teacher, labels, everywhere))
+    np.testing.assert_array_equal(got[1], 0.0)
+    assert (got[0] != 0).all()
+    if name == "temperatures":
+        alone = losses.knowledge_distillation(student[2], teacher[2], temperature=3.0)
+        np.testing.assert_allclose(got[2], alone, rtol=1e-6)

@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtransfer import losses, ops
+from jaxtransfer import losses, ops, tree
 from jaxtransfer.methods import adapt, finetune
 from jaxtransfer.model import from_linen
-from jaxtransfer.train import init_state, train_step
+from jaxtransfer.train import init_state, metrics, train_step
 from jaxtransfer.typing import Variables
 from tests import digits
 from tests.twins import KINDS, jitted, network, same
@@ -153,6 +153,62 @@ def test_labels_of_the_target_are_not_read(net):
     plain, _ = value(task, begin(net))
     labelled = {**PAIR, "target": {**TARGET, "labels": jnp.full(4, -7)}}
     assert float(plain) == float(value(task, begin(net), labelled)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("joint", [True, False])
+def test_held_layers_stay_and_run_as_in_evaluation(kind, joint):
+    model = network(kind, normalized=True, rate=0.5)
+    started = adapt.init(
+        KEY, model, jitted(model).init(KEY, X), X, critic=CRITIC, tap="blocks_1"
+    )
+    rules = ("model/blocks_1", "model/head", "critic")
+    trained, frozen = finetune.split(started, rules)
+    terms = adapt.align(tap="blocks_0"), adapt.dann(CRITIC, tap="blocks_1")
+    task = adapt.objective(model, *terms, steps=5, joint=joint)
+    optimizer = optax.sgd(0.1)
+    state = init_state(KEY, trained, optimizer, frozen=frozen)
+    after, measured = jax.jit(train_step(task, optimizer))(state, PAIR)
+    before = started.model_state["model"]["batch_stats"]
+    now = after.model_state["model"]["batch_stats"]
+    assert same(now["blocks_0"], before["blocks_0"])
+    assert not same(now["blocks_1"], before["blocks_1"])
+    assert set(after.params["model"]) == {"blocks_1", "head"}
+    found = [
+        model.apply(of_network(started), inputs, taps=("blocks_0",))[1]["blocks_0"]
+        for inputs in (X, TARGET["inputs"])
+    ]
+    np.testing.assert_allclose(
+        metrics.value(measured["alignment"]), losses.mmd(*found), rtol=1e-4
+    )
+    outputs = adapt.predict(model)(after.params, frozen, after.model_state, X)
+    whole = tree.combine(after.params["model"], frozen["params"]["model"])
+    given = Variables(whole, after.model_state["model"])
+    assert same(outputs, model.apply(given, X)[0])
+
+
+def of_network(started):
+    return Variables(started.params["model"], started.model_state["model"])
+
+
+def test_what_is_held_is_of_the_network(net):
+    trained, frozen = finetune.split(net[1], "head")
+    task = adapt.objective(net[0])
+    started = adapt.init(KEY, net[0], trained, X)
+    with pytest.raises(ValueError, match="got 'blocks_0'; split what adapt.init retu"):
+        task(started.params, frozen, started.model_state, PAIR, KEY)
+
+
+def test_a_mask_of_pixels_is_the_task_loss_s():
+    net, x = from_linen(nn.Dense(3)), jax.random.normal(KEY, (4, 2, 5))
+    where = jnp.arange(8).reshape(4, 2) % 3 > 0
+    source = {"inputs": x, "labels": jnp.arange(8).reshape(4, 2) % 3, "where": where}
+    pair = {"source": source, "target": {"inputs": x}}
+    started = adapt.init(KEY, net, net.init(KEY, x), x)
+    _, (_, measured) = value(adapt.objective(net), started, pair)
+    each = losses.cross_entropy(net.apply(of_network(started), x)[0], source["labels"])
+    pair = measured["task_loss"]
+    np.testing.assert_allclose(metrics.value(pair), each[where].mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("progress", [0.25, 1.0])

@@ -77,6 +77,12 @@ def copied(written, tmp_path):
     return shutil.copytree(written, tmp_path / "copied")
 
 
+def test_images_as_stored_are_refused(tmp_path):
+    stored = np.zeros(np.shape(IMAGES), np.uint8)
+    with pytest.raises(ValueError, match="examples: got uint8 .* divide by 255"):
+        distill.cache_teacher(tmp_path, LARGE, TEACHER, stored, batch_size=BATCH)
+
+
 def by_hand(places, variant=0):
     """What the teacher says, without the cache."""
 

@@ -223,6 +223,33 @@ def test_rows_that_say_nothing(given, message):
         run(task, distill.init(STUDENT), batch)
 
 
+def test_rows_of_outputs_that_are_as_long_as_the_batch():
+    """[batch, tokens, classes] with as many tokens as rows: the mask is of the rows."""
+    net, inputs = from_linen(nn.Dense(3)), jax.random.normal(KEY, (6, 6, 5))
+    student, teacher = (net.init(key, inputs) for key in jax.random.split(KEY))
+    where, some = jnp.arange(6) < 2, jnp.arange(6) > 3
+    batch = {"inputs": inputs, "where": where, "some": some}
+    own, taught = (net.apply(given, inputs)[0] for given in (student, teacher))
+    each = losses.knowledge_distillation(own, taught)
+    terms = {
+        name: Term(loss=losses.knowledge_distillation, where=mask)
+        for name, mask in (("a", "where"), ("b", "some"), ("c", None))
+    }
+    task = distill.objective(net, net, terms=terms)
+    _, _, measured = run(task, distill.init(student), batch, teacher)
+    for name, rows in (("a", where), ("b", some), ("c", slice(None))):
+        np.testing.assert_allclose(measured[name], each[rows].mean(), rtol=1e-5)
+
+
+def test_a_loss_that_fails_names_its_term(types_unchecked):
+    terms = {"maps": Term(loss=losses.hint, student="maps", teacher="maps")}
+    pixels = {**BATCH, "where": jnp.ones((6, 4, 4), bool)}
+    task = distill.objective(SMALL, SMALL, terms=terms)
+    with pytest.raises(ValueError, match="where of shape") as raised:
+        run(task, distill.init(STUDENT), pixels, STUDENT)
+    assert raised.value.__notes__ == ["This was the loss of the term 'maps'."]
+
+
 # --- several teachers -----------------------------------------------------------------
 
 
@@ -573,6 +600,7 @@ def test_layers_by_rule_are_in_order_and_can_be_tapped():
         ({"of": "nobody"}, "'t': no teacher 'nobody'; there are"),
         ({"batch": ("index",)}, "the batch has no 'index'; it has"),
         ({"rows": "mine"}, "the batch has no 'mine', which says whom"),
+        ({"where": "mask"}, "the batch has no 'mask', which says what counts"),
         (
             {"student": ("maps", "more"), "bridge": distill.match()},
             "as many layers of the student as of the teacher",

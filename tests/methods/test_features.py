@@ -234,3 +234,9 @@ def test_a_probe_on_features_beats_one_on_pixels(kind):
         return features.extract_all(model, given, inputs, tap="blocks_1")
 
     assert score(extracted) > score(jnp.asarray) + 0.05
+
+
+def test_images_as_stored_are_refused(source):
+    images = np.zeros((3, 4, 4, 1), np.uint8)
+    with pytest.raises(ValueError, match=r"inputs: got uint8 .* so divide by 255"):
+        features.extract_all(source[0], source[1], images, tap="blocks_0")

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtransfer.train import metrics
+from jaxtransfer.train import evaluate_batches, metrics
 from jaxtransfer.typing import Mean
 
 
@@ -99,3 +99,28 @@ def test_classes_that_a_task_lacks_are_not_predicted():
         "classes": jnp.array([True, True, False]),
     }
     assert metrics.finalize(measure({}, {}, {}, batch))["accuracy"] == 1.0
+
+
+def test_numbers_of_classes_add_up_and_arrays_without_counts_are_refused():
+    def measure(state, labels):
+        right = labels % 2 == 0
+        kinds = jax.nn.one_hot(labels, 4)
+        return {"accuracy": Mean(right @ kinds, kinds.sum(0))}
+
+    batches = [jnp.array([0, 1, 1]), jnp.array([0, 2])]
+    found = evaluate_batches(measure, None, batches)["accuracy"]
+    np.testing.assert_array_equal(found, [1.0, 0.0, 1.0, np.nan])
+    with pytest.raises(ValueError, match=r"'a' has shape \(2,\); give metrics.mean"):
+        metrics.promote({"a": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_classes_of_each_example_leave_its_places_out(tokens):
+    """As many places as examples, or more."""
+    logits = jnp.zeros((2, tokens, 3))
+    present = jnp.array([[True, True, False], [False, True, True]])
+    outputs, _ = metrics.counted(
+        logits, {"labels": jnp.ones((2, tokens), int), "classes": present}
+    )
+    expected = np.where(np.asarray(present)[:, None], 0.0, metrics.ABSENT)
+    np.testing.assert_array_equal(outputs, np.broadcast_to(expected, logits.shape))

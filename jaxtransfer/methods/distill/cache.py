@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtransfer.methods._inputs import check_scaled
 from jaxtransfer.methods.distill.augmentation import Augmentation
 from jaxtransfer.methods.distill.cache_files import (
     VERSION,
@@ -91,8 +92,9 @@ def cache_teacher(
         rest of the probability is that of the bucket.
 
     Raises:
-        ValueError: an argument is out of range; the teacher's output is no array; the
-            folder has a cache of something else.
+        ValueError: an argument is out of range; the teacher's output is no array;
+            ``examples`` are images of integers; the folder has a cache of something
+            else.
         FloatingPointError: the teacher says what is no number, or too large for
             ``dtype``.
         DamagedCacheError: the cache that is there can't be gone on with.
@@ -115,6 +117,7 @@ def cache_teacher(
     """
     augmentation = augmentation or Augmentation()
     number = count_examples(examples)
+    check_scaled("examples", examples)
     kind = np.dtype(dtype)
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; it must be at least 1")
