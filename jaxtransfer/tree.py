@@ -29,7 +29,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
         Leaves by path, in sorted order of the path. Empty dicts vanish.
 
     Raises:
-        TypeError: a key is no string.
+        TypeError: it is no dict, or a key no string.
 
     Example:
         >>> flatten({"head": {"kernel": 1, "bias": 2}})
@@ -55,6 +55,11 @@ def _leaves(tree: Mapping[str, Any]) -> dict[_Keys, Any]:
         else:
             leaves[path] = node
 
+    if not isinstance(tree, Mapping):
+        raise TypeError(
+            f"tree: got a {type(tree).__name__}; parameters are nested dicts of "
+            "arrays, so name the items of a list"
+        )
     visit(tree, ())
     return leaves
 

@@ -33,6 +33,13 @@ def test_empty_dicts_vanish():
     assert tree.flatten({"a": {}, "b": {"c": 1}}) == {"b/c": 1}
 
 
+def test_a_list_is_no_tree(types_unchecked):
+    with pytest.raises(
+        TypeError, match="tree: got a list; parameters are nested dicts"
+    ):
+        tree.flatten([{"a": 1}])
+
+
 @pytest.mark.parametrize("names", [(0, 1), (0, "b")])
 def test_a_key_that_is_no_string_is_an_error(names):
     with pytest.raises(TypeError, match="keys must be strings, got 0 under 'a/list'"):

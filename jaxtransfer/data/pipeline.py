@@ -329,7 +329,19 @@ def _checked(data: Data) -> tuple[Data, int]:
     """The data, arrays being NumPy and finite, and the number of examples."""
     if isinstance(data, Source):
         return data, len(data)
+    for name, array in data.items():
+        if isinstance(array, tuple | Mapping):
+            raise ValueError(
+                f"{name} must be one array [n, ...], got a {type(array).__name__}; "
+                "give each of its arrays a name of its own"
+            )
     arrays = {name: np.asarray(array) for name, array in data.items()}
+    for name, array in arrays.items():
+        if array.dtype.kind in "USO":
+            raise ValueError(
+                f"{name} can't go into batches, for no device takes text or objects; "
+                "leave it out"
+            )
     length = check_arrays(arrays)
     for name, array in arrays.items():
         if jnp.issubdtype(array.dtype, jnp.inexact):  # NumPy's doesn't know bfloat16

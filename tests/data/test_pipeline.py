@@ -323,6 +323,12 @@ def test_nan_of_other_kinds_of_numbers(kind):
 
 
 def test_values_that_are_no_rows_are_refused():
+    for name, wrong, message in (
+        ("names", ["a"] * 10, "names can't go into batches, for .* leave it out"),
+        ("pair", (np.ones(10),) * 2, r"pair must be one array .*, got a tuple; give"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.batches({**NUMBERS, name: wrong}, batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"scale must be an array \[n, \.\.\.\], got"):
         data.batches({**NUMBERS, "scale": np.array(2.0)}, batch_size=2, seed=0)
 
