@@ -37,7 +37,8 @@ class StudyConfig:
     run_dir: Path = Path("runs")
     """Where results go: RUN_DIR/STUDY/TIME/."""
     seed: int = 0
-    """Root PRNG seed; the same seed prints the same table."""
+    """Root PRNG seed; the same seed prints the same table, on the same kind of machine
+    with as many cores."""
     seeds: int = 3
     """Number of repetitions; the interval is over them."""
 
@@ -53,7 +54,7 @@ def command_line(
 
     Args:
         main: the study, a function of its configuration.
-        presets: configuration by name: ``smoke`` (seconds), ``cpu`` (minutes on two
+        presets: configuration by name: ``smoke`` (a trial run), ``cpu`` (minutes on two
             cores), ``paper`` (the published set-up, for a GPU).
         default: name of the preset without ``--preset``.
         args: arguments; those of the process if None.
@@ -337,7 +338,9 @@ def show(
     """
 
     def pm(pair: tuple[float, float]) -> str:
-        return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
+        """Of one seed there is no interval."""
+        middle, width = (f"{number:.{digits}f}" for number in pair)
+        return middle if np.isnan(pair[1]) else f"{middle} ± {width}"
 
     heads = ["task", "method", f"{unit}: mean ± 95 %", "baseline", "gain over it"]
     lines = []
