@@ -28,28 +28,39 @@ NETWORK = {
 SURE_LOGITS = np.float32(3.0) * TEACHER_LOGITS
 
 
-def _entropy(logits):
-    p = F.softmax(logits, 1)
+def _entropy(p):
     return -(p * torch.log(p + 1e-5)).sum(1)
 
 
-def _diversity(logits):
-    mean = F.softmax(logits, 1).mean(0)
+def _diversity(p):
+    mean = p.mean(0)
     return (mean * torch.log(mean + 1e-5)).sum()
+
+
+def _exact_entropy(logits):
+    log_p = F.log_softmax(logits, 1)
+    return -(log_p.exp() * log_p).sum() / len(logits)
+
+
+def _maximization(logits):
+    p = F.softmax(logits, 1)
+    return _entropy(p).mean() + _diversity(p)
 
 
 def _confusion(logits, temperature=2.5):
     n, classes = logits.shape
     p = F.softmax(logits / temperature, 1)
-    weights = 1 + torch.exp(-_entropy(p.log())).detach()
-    weights = (n * weights / weights.sum()).unsqueeze(1)
-    confusion = torch.mm((p * weights).transpose(1, 0), p)
-    confusion = confusion / confusion.sum(1, keepdim=True)
-    return (confusion.sum() - confusion.trace()) / classes
+    with torch.no_grad():
+        weights = 1 + torch.exp(-_entropy(p))
+        weights = (n * weights / weights.sum()).unsqueeze(1)
+    confusion = (p * weights).T @ p
+    own = (confusion.diagonal() / confusion.sum(1)).sum()
+    return 1 - own / classes
 
 
 def _nuclear(logits):
-    return -torch.norm(F.softmax(logits, 1), "nuc") / len(logits)
+    # LAPACK is quicker with a tall matrix.
+    return -torch.linalg.svdvals(F.softmax(logits, 1).T).sum() / len(logits)
 
 
 def _feature_norm(features, step=1.0):
@@ -58,9 +69,7 @@ def _feature_norm(features, step=1.0):
 
 
 def _penalization(source, target):
-    _, of_source, _ = torch.svd(source)
-    _, of_target, _ = torch.svd(target)
-    return of_source[0] ** 2 + of_target[0] ** 2
+    return sum(torch.linalg.eigvalsh(x @ x.T)[-1] for x in (source, target))
 
 
 def _wasserstein(source, target):
@@ -83,12 +92,13 @@ def _unit(rows):
 
 def _virtual(network, inputs, radius=1.0, probe=1e-2):
     with torch.no_grad():
-        p = F.softmax(_network(network, inputs), 1)
+        log_p = F.log_softmax(_network(network, inputs), 1)
+        p = log_p.exp()
     change = _unit(torch.randn_like(inputs)).requires_grad_()
     moved = F.log_softmax(_network(network, inputs + probe * change), 1)
-    (slope,) = torch.autograd.grad(F.kl_div(moved, p, reduction="sum"), change)
+    (slope,) = torch.autograd.grad(-(p * moved).sum(), change)
     moved = F.log_softmax(_network(network, inputs + radius * _unit(slope)), 1)
-    return F.kl_div(moved, p, reduction="batchmean")
+    return F.kl_div(moved, log_p, reduction="batchmean", log_target=True)
 
 
 def _library_virtual(network, inputs):
@@ -101,16 +111,13 @@ def _library_virtual(network, inputs):
 def _centroid(features, logits, rounds=1):
     with torch.no_grad():
         p = F.softmax(logits, 1)
-        extended = torch.cat([features, features.new_ones(len(features), 1)], 1)
-        extended = F.normalize(extended, dim=1)
-        hard = torch.eye(logits.shape[1], device=logits.device)
-        weights, found = p, hard[p.argmax(1)]
+        extended = F.normalize(F.pad(features, (0, 1), value=1.0), dim=1)
+        centroids, labels = p.T @ extended, p.argmax(1)
         for _ in range(rounds + 1):
-            centroids = weights.T @ extended
             cosines = extended @ F.normalize(centroids, dim=1).T
-            cosines[:, found.sum(0) == 0] = -torch.inf
-            labels = cosines.argmax(1)
-            weights = found = hard[labels]
+            empty = labels.bincount(minlength=len(centroids)) == 0
+            labels = cosines.masked_fill_(empty, -torch.inf).argmax(1)
+            centroids = torch.zeros_like(centroids).index_add_(0, labels, extended)
     return F.cross_entropy(logits, labels)
 
 
@@ -122,21 +129,27 @@ def _library_centroid(features, logits):
 ROWS: Rows = {
     "entropy": Row(
         lambda logits: losses.mean(losses.entropy(logits)),
-        lambda logits: _entropy(logits).mean(),
+        lambda logits: _entropy(F.softmax(logits, 1)).mean(),
         LOGITS,
         of="TLlib",
         rtol=0.01,
     ),
     "entropy, log_softmax": Row(
         lambda logits: losses.mean(losses.entropy(logits)),
-        lambda logits: -(F.softmax(logits, 1) * F.log_softmax(logits, 1)).sum(1).mean(),
+        _exact_entropy,
         LOGITS,
         of="TENT",
     ),
-    "diversity": Row(losses.diversity, _diversity, LOGITS, of="SHOT", rtol=0.01),
+    "diversity": Row(
+        losses.diversity,
+        lambda logits: _diversity(F.softmax(logits, 1)),
+        LOGITS,
+        of="SHOT",
+        rtol=0.01,
+    ),
     "information_maximization": Row(
         losses.information_maximization,
-        lambda logits: _entropy(logits).mean() + _diversity(logits),
+        _maximization,
         LOGITS,
         of="SHOT",
         rtol=0.01,

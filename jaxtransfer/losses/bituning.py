@@ -282,7 +282,7 @@ def _contrast(queries, own, queue, labels, valid, where, filled, temperature):
     same = jnp.take_along_axis(others, labels[:, None, None], axis=1)[:, 0]
     present = filled[labels]
     total = own + jnp.sum(jnp.where(present, same, 0.0), axis=1)
-    losses = everything - total / (1 + jnp.sum(present, axis=1))
+    losses = everything - total / (1.0 + jnp.sum(present, axis=1, dtype=total.dtype))
     return jnp.where(where, losses * jnp.where(valid, 1.0, jnp.nan), 0.0)
 
 

@@ -137,7 +137,7 @@ def accuracy(
         [1.0, 0.0]
     """
     logits, labels, where = classified(logits, labels, where)
-    correct = (argmax(logits) == labels).astype(jnp.float32)
+    correct = (argmax(logits).astype(labels.dtype) == labels).astype(jnp.float32)
     return correct if where is None else jnp.where(where, correct, 0.0)
 
 

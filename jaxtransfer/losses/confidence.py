@@ -127,7 +127,7 @@ def information_maximization(
         Deviation: exact logarithms; the authors' code adds 1e-5 inside.
     """
     values = entropy(logits, where=where)
-    count = values.size if where is None else jnp.sum(where)
+    count = values.size if where is None else jnp.sum(where, dtype=values.dtype)
     return jnp.sum(values) / jnp.maximum(count, 1) + diversity(logits, where=where)
 
 

@@ -5,6 +5,7 @@ With a memory, a training step is three calls: `sample_negatives`,
 arguments as the loss.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -231,7 +232,7 @@ def contrastive_representation_distillation(
         student_embeddings, teacher_embeddings, indices, negatives, memory, where
     )
     check_positive("temperature", temperature)
-    if epsilon < 0:
+    if not isinstance(epsilon, Tracer) and epsilon < 0:
         raise ValueError(f"epsilon must not be negative, got {epsilon}.")
     if normalize:
         student, teacher = unit(student), unit(teacher)
@@ -239,10 +240,13 @@ def contrastive_representation_distillation(
     logs = scores - _log_normalizers(scores, memory, where)[:, None, None]
     count = rows.shape[1] - 1
     share = count / len(memory.student)
-    level = float(np.log(share + epsilon))
+    log, log1p = math.log, math.log1p
+    if isinstance(epsilon, Tracer):
+        log, log1p = jnp.log, jnp.log1p
+    level = log(share + epsilon)
     own = jax.nn.softplus(level - logs[..., 0])
     others = jnp.sum(jax.nn.softplus(logs[..., 1:] - level), axis=-1)
-    constant = 2 * count * float(np.log1p(epsilon / share))
+    constant = 2 * count * log1p(epsilon / share)
     losses = jnp.sum(own + others, axis=0) + constant
     return counted(losses * jnp.where(valid, 1.0, jnp.nan), where)
 
@@ -389,14 +393,14 @@ def contrastive_distillation(
     check_positive("temperature", temperature)
     student, teacher = unit(student), jax.lax.stop_gradient(unit(teacher))
     scores = product(student, teacher.T) / temperature
-    allowed = where
+    allowed = where[None]
     if labels is not None:
         labels = jnp.asarray(labels)
         if labels.shape != where.shape:
             raise ValueError(
                 f"labels must be one a row, {where.shape}, got shape {labels.shape}."
             )
-        allowed = where & (labels[:, None] != labels)
+        allowed = allowed & (labels[:, None] != labels[None])
     itself = jnp.eye(len(where), dtype=bool)
     # Who is allowed is the same from both sides; the own pair always is.
     allowed = allowed | itself
@@ -471,7 +475,7 @@ def _log_normalizers(scores, memory, where):
     scores = jax.lax.stop_gradient(scores)
     _, _, drawn = scores.shape
     total = jax.nn.logsumexp(scores, axis=(1, 2), where=where[:, None])
-    count = jnp.maximum(jnp.sum(where), 1) * drawn
-    fresh = total + np.log(len(memory.student)) - jnp.log(count)
+    count = jnp.maximum(jnp.sum(where, dtype=scores.dtype), 1.0) * drawn
+    fresh = total + math.log(len(memory.student)) - jnp.log(count)
     fresh = jnp.where(jnp.any(where), fresh, 0.0)
     return jnp.where(jnp.isfinite(kept), kept, fresh)

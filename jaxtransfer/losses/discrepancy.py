@@ -194,7 +194,7 @@ def _rule(rows, weights, rule):
         return mean_squared_distance(rows, where=weights)
     if rule != "median":
         raise ValueError(f'bandwidth rules are "mean" and "median", got {rule!r}.')
-    pairs = (weights[:, None] * weights > 0) & ~jnp.eye(len(rows), dtype=bool)
+    pairs = (weights[:, None] * weights[None] > 0) & ~jnp.eye(len(rows), dtype=bool)
     distances = jnp.where(pairs, self_squared_distances(rows), jnp.inf).ravel()
     count = jnp.sum(pairs)
     middle = [jnp.maximum(count - 1, 0) // 2, count // 2]
@@ -259,7 +259,7 @@ def _by_frequencies(local, every, kernels, weights, frequencies, axis_name):
     shift, scales = jax.lax.stop_gradient((shift, jnp.sqrt(2.0 / kernels)))
     means = []
     for rows, chosen, count in zip((source, target), (u, v), counts, strict=True):
-        sums = fourier_sums(rows - shift, frequencies, scales, weights=chosen)
+        sums = fourier_sums(rows - shift[None], frequencies, scales, weights=chosen)
         if axis_name is not None:
             sums = jax.lax.psum(sums, axis_name)
         means.append(sums / jnp.maximum(count, 1.0))

@@ -4,6 +4,7 @@ One value per example, but for `distillation_from_stronger_teacher`, which compa
 sets. The losses of `jaxtransfer.losses.labelled_distillation` also know the label.
 """
 
+import math
 from typing import Literal
 
 import jax
@@ -179,7 +180,7 @@ def standardize_logits(
         where = check_mask("where", where, logits.shape[:-1])
         logits = jnp.where(where[..., None], logits, 0.0)
     centred, length = _centre(logits, -1)
-    return centred / (length / np.sqrt(logits.shape[-1] - 1) + eps)
+    return centred / (length / math.sqrt(logits.shape[-1] - 1) + eps)
 
 
 def dynamic_temperature(
@@ -480,7 +481,8 @@ def _centre(values, axis, counts=None):
     else:
         values = jnp.where(counts, values, 0.0)
         total = jnp.sum(values, axis, keepdims=True)
-        count = jnp.maximum(jnp.sum(counts, axis, keepdims=True), 1)
+        count = jnp.sum(counts, axis, keepdims=True, dtype=values.dtype)
+        count = jnp.maximum(count, 1.0)
     centred = values - total / count
     if counts is not None:
         centred = jnp.where(counts, centred, 0.0)

@@ -84,7 +84,7 @@ def multi_teacher_distillation(
     taught = jnp.sum(shares, axis=0) > 0
     where = taught if where is None else taught & check_mask("where", where, batch)
     student = jnp.where(where[..., None], student, 0.0)
-    heard = where & (shares > 0)
+    heard = where[None] & (shares > 0)
     shares = jnp.where(heard, shares, 0.0)
     teachers = jnp.where(heard[..., None], teachers, 0.0)
     teachers = jax.lax.stop_gradient(teachers)
@@ -100,7 +100,7 @@ def multi_teacher_distillation(
     if combine == "divergences":
         # sum_k w_k KL(p_k || q) = sum_k w_k KL(p_k || mean) + KL(mean || q), of which
         # the first is a constant; it is finite where the mean is too small for a float.
-        apart = kl_divergence(log_p, jnp.maximum(log_mean, _LOWEST))
+        apart = kl_divergence(log_p, jnp.maximum(log_mean, _LOWEST)[None])
         losses += jnp.sum(jnp.where(shares > 0, shares * apart, 0.0), axis=0)
     return counted(scale * losses, where)
 
@@ -182,5 +182,5 @@ def _shares(weights, shape, dtype):
         raise ValueError(
             f"weights must be [teachers] or [teachers, ...], {shape}, got {given}."
         )
-    total = jnp.sum(weights, axis=0)
+    total = jnp.sum(weights, axis=0, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)

@@ -312,10 +312,10 @@ def _standardised(values, weights, count):
     """Channels of [batch, positions, channels] at mean 0 and unit variance."""
     axes = (0, 1)
     # Summed less one of those that count, equal values have that one as their mean.
-    one = jax.lax.stop_gradient(values[jnp.argmax(weights), 0])
-    total = jnp.sum(weights * (values - one), axis=axes)
+    one = jax.lax.stop_gradient(values[jnp.argmax(weights), 0])[None, None]
+    total = jnp.sum(weights * (values - one), axis=axes, keepdims=True)
     centred = weights * (values - (one + total / jnp.maximum(count, 1.0)))
-    squares = jnp.sum(centred**2, axis=axes)
+    squares = jnp.sum(centred**2, axis=axes, keepdims=True)
     # Values equal but for their own rounding, or too close to divide by twice.
     kind = jnp.finfo(values.dtype)
     floor = jnp.maximum(count * (4 * kind.eps * one) ** 2, np.sqrt(kind.tiny))

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.maps import inner_axes, only_counted, same_maps
-from jaxtransfer.losses.reduction import widen
+from jaxtransfer.losses.reduction import last_axes, widen
 from jaxtransfer.ops.pooling import adaptive_average_pool
 from jaxtransfer.typing import AnyArray
 
@@ -128,12 +128,12 @@ def variational_information_distillation(
         Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR
         2019, sec. 2. Deviation: the mean over elements, as in the authors' code.
     """
-    if not least_variance > 0:
+    if not isinstance(least_variance, Tracer) and not least_variance > 0:
         raise ValueError(f"least_variance must be positive, got {least_variance}.")
     student, teacher = same_maps(student_maps, teacher_maps, where)
     params = widen(variance_params)
     _check_per_channel("variance_params", params, student)
-    variances = jax.nn.softplus(params) + least_variance
+    variances = jax.nn.softplus(last_axes(params, student.ndim)) + least_variance
     terms = (student - teacher) ** 2 / variances + jnp.log(variances)
     return only_counted(0.5 * jnp.mean(terms, axis=inner_axes(terms)), where)
 
@@ -281,7 +281,7 @@ def overhaul(
     student, teacher = same_maps(student_maps, teacher_maps, where)
     margins = jax.lax.stop_gradient(widen(margins))
     _check_per_channel("margins", margins, student)
-    teacher = jnp.maximum(teacher, margins)
+    teacher = jnp.maximum(teacher, last_axes(margins, teacher.ndim))
     counts = (student > teacher) | (teacher > 0)
     terms = jnp.where(counts, (student - teacher) ** 2, 0.0)
     return only_counted(jnp.sum(terms, axis=inner_axes(terms)), where)

@@ -107,7 +107,7 @@ def attentive_behavioral_regularization(
         raise ValueError(
             f"attention must be [channels], here [{channels}], got {attention.shape}."
         )
-    losses = jnp.sum(attention * squares, axis=-1)
+    losses = jnp.sum(attention[None] * squares, axis=-1)
     if form == "paper":
         return losses
     places = math.prod(jnp.shape(feature_maps)[1:-1])
@@ -307,10 +307,11 @@ def calibrated_category_relationship(
         "where", True if where is None else where, probabilities.shape[:1]
     )
     probabilities = jnp.where(where[:, None], probabilities, 0.0)
-    prior = jnp.sum(probabilities, axis=0) / jnp.maximum(jnp.sum(where), 1)
+    count = jnp.sum(where, dtype=probabilities.dtype)
+    prior = jnp.sum(probabilities, axis=0) / jnp.maximum(count, 1.0)
     # A finite "never": no row is without a largest entry.
     log_prior = jnp.where(prior > 0, jnp.log(jnp.where(prior > 0, prior, 1.0)), -1e30)
-    return jax.nn.softmax(jax.nn.log_softmax(logits).T + log_prior)
+    return jax.nn.softmax(jax.nn.log_softmax(logits).T + log_prior[None])
 
 
 def co_tuning(

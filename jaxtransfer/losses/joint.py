@@ -80,7 +80,7 @@ def joint_maximum_mean_discrepancy(
         raise ValueError(
             f"bandwidth must be one a layer, {len(source_layers)}, got {len(given)}."
         )
-    kernel, alike, typical = jnp.ones(()), jnp.ones(()), jnp.ones(())
+    kernel = alike = typical = 1.0
     first = len(source_layers[0]), len(target_layers[0])
     for source, target, one in zip(source_layers, target_layers, given, strict=True):
         source, u = weighted_rows("source", source, source_where, 1)
@@ -159,12 +159,13 @@ def local_maximum_mean_discrepancy(
     classes = probabilities.shape[1]
     own = _one_hot(source_labels, classes, u, source_where, kernel.dtype)
     soft = jnp.where(v[:, None] > 0, probabilities, 0.0).astype(kernel.dtype)
-    likeliest = jax.nn.one_hot(argmax(soft), classes) * v[:, None]
+    likeliest = jax.nn.one_hot(argmax(soft), classes, dtype=v.dtype) * v[:, None]
     both = (jnp.sum(own, axis=0) > 0) & (jnp.sum(likeliest, axis=0) > 0)
     signed = jnp.concatenate([_normalized(own), -_normalized(soft)])
     # What each pair of rows counts for does not depend on the features.
     share = product(jnp.where(both, signed, 0.0), signed.T)
-    return jnp.sum(share * kernel) / jnp.maximum(jnp.sum(both), 1)
+    count = jnp.sum(both, dtype=kernel.dtype)
+    return jnp.sum(share * kernel) / jnp.maximum(count, 1.0)
 
 
 def contrastive_domain_discrepancy(
@@ -219,16 +220,17 @@ def contrastive_domain_discrepancy(
     n = len(u)
     own = _normalized(_one_hot(source_labels, classes, u, source_where, kernel.dtype))
     other = _normalized(_one_hot(target_labels, classes, v, target_where, kernel.dtype))
-    here = (jnp.sum(own, axis=0) > 0)[:, None] & (jnp.sum(other, axis=0) > 0)
+    here = (jnp.sum(own, axis=0) > 0)[:, None] & (jnp.sum(other, axis=0) > 0)[None]
     same = jnp.eye(classes, dtype=bool)
 
     def share(which):
-        return which / jnp.maximum(jnp.sum(which), 1).astype(kernel.dtype)
+        which = which.astype(kernel.dtype)
+        return which / jnp.maximum(jnp.sum(which), 1.0)
 
     # What each pair of classes, and so each pair of rows, counts for.
     table = share(here & same) - share(here & ~same)
-    within_source = product(own * jnp.sum(table, axis=1), own.T)
-    within_target = product(other * jnp.sum(table, axis=0), other.T)
+    within_source = product(own * jnp.sum(table, axis=1)[None], own.T)
+    within_target = product(other * jnp.sum(table, axis=0)[None], other.T)
     between = product(product(own, table), other.T)
     return (
         jnp.sum(within_source * kernel[:n, :n])
@@ -255,7 +257,7 @@ def _one_hot(labels, classes, weights, where, dtype):
 
 
 def _normalized(weights):
-    total = jnp.sum(weights, axis=0)
+    total = jnp.sum(weights, axis=0, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)
 
 

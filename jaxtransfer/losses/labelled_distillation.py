@@ -284,7 +284,7 @@ def virtual_teacher_distillation(
     student_logits: Float[AnyArray, "*batch classes"],
     labels: Integer[AnyArray, "*batch"],
     *,
-    correct_probability: float = 0.99,
+    correct_probability: float | Float[AnyArray, ""] = 0.99,
     temperature: float | Float[AnyArray, "*#batch"] = 20.0,
     form: Literal["paper", "code"] = "paper",
     where: Bool[AnyArray, "..."] | None = None,
@@ -339,7 +339,8 @@ def virtual_teacher_distillation(
         student = jnp.where(where[..., None], student, 0.0)
     is_label, valid = label_mask(student, labels, where)
     a = jnp.asarray(correct_probability, student.dtype)
-    wrong = jnp.log1p(-a) - jnp.log(student.shape[-1] - 1.0)
+    # A finite "never": divided by the temperature, -inf would have no slope.
+    wrong = jnp.maximum(jnp.log1p(-a), -1e30) - jnp.log(student.shape[-1] - 1.0)
     teacher = jnp.where(is_label, jnp.log(a), wrong)
     if form == "paper":
         losses = knowledge_distillation(

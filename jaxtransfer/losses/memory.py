@@ -40,7 +40,7 @@ def counted_rows(name, rows, where):
 def write_rows(memory, indices, rows, where):
     """The memory with some rows replaced; of rows with one index the last one stays."""
     later = jnp.triu(jnp.ones((len(indices), len(indices)), bool), 1)
-    again = (indices[:, None] == indices) & where & later
+    again = (indices[:, None] == indices[None]) & where[None] & later
     stays = where & ~jnp.any(again, axis=1)
     places = jnp.where(stays, indices, len(memory))
     return memory.at[places].set(rows.astype(memory.dtype), mode="drop")

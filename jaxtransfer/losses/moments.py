@@ -209,7 +209,7 @@ def _average(rows, weights):
 
 def _centred(rows, weights):
     mean = _average(rows, weights)
-    return mean, (rows - mean) * weights[:, None]
+    return mean, (rows - mean[None]) * weights[:, None]
 
 
 def _covariance(rows, weights):
@@ -273,7 +273,7 @@ def _log_and_eigen(matrix, shift):
     """The logarithm; eigenvalues and eigenvectors, as constants."""
     values, vectors = jnp.linalg.eigh(matrix)
     values = jnp.maximum(values, 0.0) + shift
-    return product(vectors * jnp.log(values), vectors.T), values, vectors
+    return product(vectors * jnp.log(values)[None], vectors.T), values, vectors
 
 
 @_log_and_eigen.defjvp
@@ -300,7 +300,7 @@ def _along(change, matrix, values, vectors):
     divided difference of the logarithm at its two eigenvalues.
     """
     del matrix
-    slopes = _slope(values[:, None], values)
+    slopes = _slope(values[:, None], values[None])
     return _turned(slopes * _turned(change, vectors), vectors.T)
 
 
@@ -312,7 +312,7 @@ def _along_jvp(primals, tangents):
     first, second = _turned(change, vectors), _turned(of_matrix, vectors)
 
     def add(total, k):
-        curved = _curvature(values[:, None], values[k], values)
+        curved = _curvature(values[:, None], values[k], values[None])
         both = jnp.outer(first[:, k], second[k]) + jnp.outer(second[:, k], first[k])
         return total + curved * both, None
 

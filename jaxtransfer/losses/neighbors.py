@@ -247,8 +247,8 @@ def neighborhood_reciprocal_clustering(
     )
     agreement = jnp.sum(targets * jax.nn.softmax(logits), axis=1)
     losses = jnp.where(valid, -agreement, jnp.nan)
-    divergence = diversity(logits, where=where) + jnp.log(classes) * jnp.any(where)
-    return mean(losses, where=where) + divergence
+    highest = jnp.where(jnp.any(where), jnp.log(classes), 0.0)
+    return mean(losses, where=where) + (diversity(logits, where=where) + highest)
 
 
 def _neighbourhoods(indices, bank, neighbors, expanded, affinity):
@@ -257,7 +257,8 @@ def _neighbourhoods(indices, bank, neighbors, expanded, affinity):
 
     def nearest(examples, count):
         cosines = product(features[examples], features.T)
-        others = bank.filled & (jnp.arange(len(features)) != examples[:, None])
+        places = jnp.arange(len(features), dtype=examples.dtype)
+        others = bank.filled[None] & (places[None] != examples[:, None])
         cosines = jnp.where(others, cosines, -jnp.inf)
         values, found = jax.lax.top_k(cosines, count)
         return found, (values > -jnp.inf) & bank.filled[examples][:, None]

@@ -97,7 +97,7 @@ def mmd_preset(
     total, n = jnp.sum(counts), jnp.sum(u)
     mean = mean_squared_distance(together, where=counts) * (total - 1.0) / total
     mean = jax.lax.stop_gradient(jnp.where(mean > 0, mean, 1.0))
-    bandwidths = mean * jnp.array(POWERS)
+    bandwidths = mean * jnp.array(POWERS, mean.dtype)
     constant = jnp.where(n > 1, 2.0 / jnp.maximum(n - 1.0, 1.0), 0.0)
     if preset == "tllib":
         value = maximum_mean_discrepancy(
@@ -114,7 +114,7 @@ def mmd_preset(
 
 def _lower_median(rows, weights):
     """Median of all squared distances within a set, zeros included, the lower one."""
-    pairs = (weights[:, None] * weights > 0).ravel()
+    pairs = (weights[:, None] * weights[None] > 0).ravel()
     distances = jnp.where(pairs, self_squared_distances(rows).ravel(), jnp.inf)
     # The products can't give the exact zeros of the diagonal.
     distances = jnp.where(
@@ -141,4 +141,4 @@ def _neighbours(source, target, weights, bandwidths):
     terms = kernel(s, s[after]) + kernel(t, t[after])
     terms = terms - kernel(s, t[after]) - kernel(s[after], t)
     total = jnp.sum(jnp.where(place < count, terms, 0.0))
-    return total / jnp.maximum(count, 1)
+    return total / jnp.maximum(count, 1).astype(total.dtype)

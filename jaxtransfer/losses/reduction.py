@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.typing import AnyArray
 
 
@@ -44,7 +45,7 @@ def mean(
 def widen(values: AnyArray) -> Array:
     """The values in float32, or wider if they already are: sums lose nothing."""
     values = jnp.asarray(values)
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(common_dtype(values, jnp.float32))
 
 
 def integers(values: AnyArray) -> Array:
@@ -64,6 +65,12 @@ def first_axes(array: AnyArray, ndim: int) -> Array:
     """An array of the first of ``ndim`` axes, so that it broadcasts over the others."""
     array = jnp.asarray(array)
     return array.reshape(array.shape + (1,) * max(ndim - array.ndim, 0))
+
+
+def last_axes(array: AnyArray, ndim: int) -> Array:
+    """An array of the last of ``ndim`` axes, so that it broadcasts over the others."""
+    array = jnp.asarray(array)
+    return array.reshape((1,) * max(ndim - array.ndim, 0) + array.shape)
 
 
 def check_mask(name, where, shape):

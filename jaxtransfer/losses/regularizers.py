@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxtransfer.losses.reduction import widen
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.typing import AnyArray
 
 
@@ -188,7 +189,7 @@ def _half_squares(leaves):
 
 def _sum(terms):
     total = sum(terms, start=0.0)
-    return jnp.asarray(total, dtype=jnp.result_type(total, jnp.float32))
+    return jnp.asarray(total, dtype=common_dtype(total, jnp.float32))
 
 
 def _paths(tree):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.directions import root, scaled, unit
 from jaxtransfer.losses.reduction import check_mask, widen
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import AnyArray
 
@@ -112,7 +113,7 @@ def correlation_congruence(
             total = total + term
         return jnp.exp(-2.0 * gamma) * total
 
-    pairs = counts[:, None] * counts
+    pairs = counts[:, None] * counts[None]
     difference = kernel(student) - kernel(teacher)
     return jnp.sum(pairs * difference**2) / jnp.maximum(jnp.sum(counts), 1.0) ** 2
 
@@ -153,7 +154,7 @@ def relational_distance(
         Park et al., "Relational Knowledge Distillation", CVPR 2019, eqs. 5-7.
     """
     student, teacher, counts = _pair(student_embeddings, teacher_embeddings, where)
-    pairs = counts[:, None] * counts
+    pairs = counts[:, None] * counts[None]
     distances = [_scaled_distances(rows, counts) for rows in (student, teacher)]
     losses = pairs * optax.losses.huber_loss(*distances)
     return jnp.sum(losses) / jnp.maximum(jnp.sum(pairs), 1.0)
@@ -203,8 +204,8 @@ def relational_knowledge_distillation(
     student_embeddings: Float[AnyArray, "batch features"],
     teacher_embeddings: Float[AnyArray, "batch _"],
     *,
-    distance_weight: float = 25.0,
-    angle_weight: float = 50.0,
+    distance_weight: float | Float[AnyArray, ""] = 25.0,
+    angle_weight: float | Float[AnyArray, ""] = 50.0,
     where: Bool[AnyArray, " batch"] | None = None,
 ) -> Float[Array, ""]:
     """Relational knowledge distillation (RKD): distances and angles together.
@@ -237,11 +238,11 @@ def relational_knowledge_distillation(
     """
     pair = (student_embeddings, teacher_embeddings)
     total: Any = 0.0
-    if distance_weight:
+    if not _is_zero(distance_weight):
         total = distance_weight * relational_distance(*pair, where=where)
-    if angle_weight:
+    if not _is_zero(angle_weight):
         total = total + angle_weight * relational_angle(*pair, where=where)
-    return jnp.asarray(total, jnp.promote_types(jnp.result_type(total), jnp.float32))
+    return jnp.asarray(total, common_dtype(total, jnp.float32))
 
 
 def probabilistic_knowledge_transfer(
@@ -280,7 +281,7 @@ def probabilistic_knowledge_transfer(
         Transfer", ECCV 2018, sec. 3.
     """
     student, teacher, counts = _pair(student_embeddings, teacher_embeddings, where)
-    pairs = counts[:, None] * counts
+    pairs = counts[:, None] * counts[None]
 
     def neighbours(rows):
         lengths = root(jnp.sum(rows**2, axis=1, keepdims=True))
@@ -319,6 +320,11 @@ def _adjacent(difference, counts):
     return total / jnp.maximum(jnp.sum(pairs), 1.0)
 
 
+def _is_zero(weight):
+    """Whether the weight is a number that leaves its part out."""
+    return isinstance(weight, int | float) and weight == 0
+
+
 def _absolute(values):
     """Absolute values with slope 0 at 0."""
     return jnp.where(values == 0, 0.0, jnp.abs(values))
@@ -331,10 +337,10 @@ def _products(rows, counts):
     direction to move apart in, and their distances would be noise.
     """
     mean = product(counts, rows) / jnp.maximum(jnp.sum(counts), 1.0)
-    rows = counts[:, None] * (rows - jax.lax.stop_gradient(mean))
+    rows = counts[:, None] * (rows - jax.lax.stop_gradient(mean)[None])
     products = gram(scaled(rows, (0, 1)))
     own = jnp.diagonal(products)
-    sums = own[:, None] + own
+    sums = own[:, None] + own[None]
     squares = sums - 2.0 * products
     smallest = 16 * jnp.finfo(rows.dtype).eps * jax.lax.stop_gradient(sums)
     return products, squares, ~(squares <= jnp.maximum(smallest, 1e-12))
@@ -343,10 +349,10 @@ def _products(rows, counts):
 def _scaled_distances(rows, counts):
     """Distances divided by the mean of the positive ones, with a finite gradient."""
     _, squares, apart = _products(rows, counts)
-    apart = apart & (counts[:, None] * counts > 0)
+    apart = apart & (counts[:, None] * counts[None] > 0)
     distances = root(jnp.where(apart, squares, 0.0))
-    count = jnp.sum(apart)
-    mean = jnp.sum(distances) / jnp.maximum(count, 1)
+    count = jnp.sum(apart, dtype=distances.dtype)
+    mean = jnp.sum(distances) / jnp.maximum(count, 1.0)
     return distances / jnp.where(count > 0, mean, 1.0)
 
 
@@ -356,5 +362,6 @@ def _angles(rows, counts):
     inverse = jnp.where(apart, 1.0 / jnp.sqrt(jnp.where(apart, squares, 1.0)), 0.0)
     own = jnp.diagonal(products)
     # (e_i - e_j) . (e_i - e_k)
-    inner = own[:, None, None] - products[:, :, None] - products[:, None, :] + products
+    inner = own[:, None, None] - products[:, :, None] - products[:, None, :]
+    inner = inner + products[None]
     return inner * inverse[:, :, None] * inverse[:, None, :]

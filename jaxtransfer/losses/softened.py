@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxtransfer.losses.classification import classified
-from jaxtransfer.losses.reduction import check_mask, first_axes, widen
+from jaxtransfer.losses.reduction import check_mask, first_axes, last_axes, widen
 from jaxtransfer.ops.products import product
 
 
@@ -75,7 +75,8 @@ def kl_divergence(log_p, log_q) -> Array:
     """``sum_c p_c (log p_c - log q_c)``; classes of probability 0 under p add 0."""
     p = jnp.exp(log_p)
     # A class that both lack would be inf - inf.
-    return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0.0), axis=-1)
+    log_p, log_q = (jnp.where(p > 0, log, 0.0) for log in (log_p, log_q))
+    return jnp.sum(p * (log_p - log_q), axis=-1)
 
 
 def softmax_divergence(taught, logits, axis=-1) -> Array:
@@ -119,7 +120,8 @@ def _expectation(taught, logits, where, axis, relative):
         counted_p = jnp.where(where, powers_p, 0.0)
         share = jnp.sum(counted_p, axis, keepdims=True) / sum_p
     # A class that both lack would be inf - inf.
-    apart = jnp.where(counted_p > 0, p - q if relative else -q, 0.0)
+    p, q = (jnp.where(counted_p > 0, z, 0.0) for z in (p, q))
+    apart = p - q if relative else -q
     value = jnp.sum(counted_p * apart, axis, keepdims=True) / sum_p + share * offset
 
     def by_logits():
@@ -154,7 +156,9 @@ def label_mask(logits, labels, where):
     if classes < 2:
         raise ValueError(f"student_logits must have two classes or more, got {classes}")
     valid = (labels >= 0) & (labels < classes)
-    is_label = labels[..., None] == jnp.arange(classes)
+    is_label = labels[..., None] == last_axes(
+        jnp.arange(classes, dtype=labels.dtype), logits.ndim
+    )
     return is_label, jnp.where(valid, 1.0, jnp.nan).astype(logits.dtype)
 
 

@@ -177,7 +177,7 @@ def batch_spectral_shrinkage(
     # Masked rows are rows of zeros, whose singular values don't count.
     count = jnp.minimum(jnp.sum(weights), rows.shape[1])
     rows = _tall(rows)
-    place = jnp.arange(rows.shape[1])
+    place = jnp.arange(rows.shape[1], dtype=count.dtype)
     return _sum_of_values(rows, (place < count) & (place >= count - smallest), 2)
 
 
@@ -270,7 +270,7 @@ def _sum_and_slopes(rows, chosen, power):
     """The sum, and ``U diag(p s^(p - 1)) V'`` over what is chosen."""
     left, values, right, chosen, slopes = _decomposed(rows, chosen, power)
     total = jnp.sum(jnp.where(chosen, values**power, 0.0))
-    return total, product(left * slopes, right)
+    return total, product(left * slopes[None], right)
 
 
 @_sum_and_slopes.defjvp
@@ -281,21 +281,24 @@ def _sum_and_slopes_jvp(power, primals, tangents):
     change = tangents[0]
     total, slopes = _sum_and_slopes(rows, chosen, power)
     left, values, right, chosen, own = _decomposed(rows, chosen, power)
-    both = chosen[:, None] & chosen
-    one = chosen[:, None] ^ chosen
+    both = chosen[:, None] & chosen[None]
+    one = chosen[:, None] ^ chosen[None]
 
     def over(numbers, by, where):
         return jnp.where(where, numbers, 0.0) / jnp.where(where, by, 1.0)
 
-    apart, together = values[:, None] - values, values[:, None] + values
-    even = over(own[:, None] - own, apart, one & (apart != 0.0))
+    apart, together = (
+        values[:, None] - values[None],
+        values[:, None] + values[None],
+    )
+    even = over(own[:, None] - own[None], apart, one & (apart != 0.0))
     even = jnp.where(both, 0.0 if power == 1 else 2.0, even)
-    odd = over(own[:, None] + own, together, (both | one) & (together > 0.0))
+    odd = over(own[:, None] + own[None], together, (both | one) & (together > 0.0))
     to_right = product(change, right.T)
     inner = product(left.T, to_right)
     turned = 0.5 * (even * (inner + inner.T) + odd * (inner - inner.T))
     outside = to_right - product(left, inner)
-    outside = outside * over(own, values, chosen & (values > 0.0))
+    outside = outside * over(own, values, chosen & (values > 0.0))[None]
     moved = product(product(left, turned) + outside, right)
     return (total, slopes), (jnp.sum(slopes * change), moved)
 

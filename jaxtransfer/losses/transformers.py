@@ -4,11 +4,11 @@ A mask ``where`` [batch, tokens] marks the real tokens; padding may hold anythin
 but `attention_matching` give one value a token, averaged by ``mean(..., where=where)``.
 """
 
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxtransfer.losses.directions import unit
@@ -397,4 +397,4 @@ def _divergence(student, teacher, where):
 
 
 def _relations(values):
-    return gram(values) / np.sqrt(values.shape[-1])
+    return gram(values) / math.sqrt(values.shape[-1])

@@ -1,5 +1,6 @@
 """Losses by optimal transport between two sets; scalars over the sets."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from jaxtransfer.losses.sets import (
     critic_outputs,
     weighted_rows,
 )
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.kernels import self_squared_distances, squared_distances
 from jaxtransfer.ops.order import argsort
 from jaxtransfer.ops.products import product
@@ -85,7 +87,8 @@ def sliced_wasserstein(
         lines = jnp.take_along_axis(lines, argsort(lines), axis=1)
         if where is None:
             return lines
-        return jnp.where(jnp.arange(len(rows)) < jnp.sum(weights), lines, 0.0)
+        place = jnp.arange(len(rows), dtype=weights.dtype)
+        return jnp.where(place < jnp.sum(weights), lines, 0.0)
 
     lines = projected(source, source_weights, source_where)
     others = projected(target, target_weights, target_where)
@@ -162,7 +165,7 @@ def sinkhorn_divergence(
     target, target_weights = weighted_rows("target", target, target_where, 1)
     check_widths(source, target)
     enough, u, v = _marginals(source_weights, target_weights)
-    one_type = jnp.promote_types(source.dtype, target.dtype)  # ott-jax takes no two
+    one_type = common_dtype(source, target)  # ott-jax takes no two
     source, target, u, v = (x.astype(one_type) for x in (source, target, u, v))
     costs = (
         squared_distances(source, target),
@@ -428,8 +431,8 @@ def _quantiles(count, other_count, n, m, xp):
     The steps are at i / n and at j / m; in units of 1 / (n m) they are whole numbers.
     """
     # An index past the count ends at 1, where its interval has no width.
-    of_one = xp.minimum(xp.arange(1, n + 1), count) * other_count
-    of_other = xp.minimum(xp.arange(1, m + 1), other_count) * count
+    of_one = xp.minimum(xp.arange(1, n + 1, dtype=count.dtype), count) * other_count
+    of_other = xp.minimum(xp.arange(1, m + 1, dtype=count.dtype), other_count) * count
     ends = xp.sort(xp.concatenate([of_one, of_other]))
     starts = xp.concatenate([xp.zeros_like(ends[:1]), ends[:-1]])
     i = xp.minimum(starts // other_count, count - 1)
@@ -464,8 +467,8 @@ def _dual_value(costs, potentials, u, v, epsilon):
     """``<P, C> + e KL(P | u v^T)`` by the potentials; its slope in C is the plan P."""
     f, g = potentials
     held = jax.lax.stop_gradient(costs)
-    exponents = (f[:, None] + g - held) / epsilon
-    counts = (u[:, None] > 0) & (v > 0)
+    exponents = (f[:, None] + g[None] - held) / epsilon
+    counts = (u[:, None] > 0) & (v[None] > 0)
     plan = jnp.where(counts, jnp.exp(jnp.where(counts, exponents, 0.0)), 0.0)
 
     def of(potential, weights):
@@ -488,4 +491,15 @@ def _ott() -> tuple[Any, Any, Any]:
         from ott.tools.sinkhorn_divergence import sinkhorn_divergence
     except ImportError as error:
         raise ImportError("this loss needs ott-jax: pip install ott-jax") from error
-    return Geometry, solve, sinkhorn_divergence
+    return Geometry, _leniently(solve), _leniently(sinkhorn_divergence)
+
+
+def _leniently(function):
+    """The function, which mixes ranks and dtypes, under JAX's strict settings too."""
+
+    @functools.wraps(function)
+    def call(*arguments, **named):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*arguments, **named)
+
+    return call

@@ -78,13 +78,15 @@ def permutation_test(
     share, other = (jnp.where(some, 1.0 / jnp.maximum(x, 1.0), 0.0) for x in (n, m))
 
     places = (1 << (len(rows) - 1).bit_length()) - 1
+    place = jnp.arange(len(rows), dtype=jnp.int32)
     last = jnp.uint32(jnp.iinfo(jnp.int32).max)
 
     def divided(key):
         """Signed weights of a random division of the rows that count."""
-        draw = jnp.where(counts > 0, jax.random.bits(key, counts.shape) >> 1, last)
+        draw = jax.random.bits(key, counts.shape, jnp.uint32) >> 1
+        draw = jnp.where(counts > 0, draw, last)
         # With the place in the lowest bits no two are equal.
-        draw = (draw.astype(jnp.int32) & ~places) | jnp.arange(len(rows))
+        draw = (draw.astype(jnp.int32) & ~places) | place
         first = draw < kth_smallest(draw, jnp.int32(n))
         return jnp.where(counts > 0, jnp.where(first, share, -other), 0.0)
 
@@ -95,7 +97,7 @@ def permutation_test(
     values = jnp.sum(products * signed, axis=1)
     # Divisions into the same sets must tie, whatever the order of their sums.
     slack = 16 * jnp.finfo(values.dtype).eps * jnp.max(kernel)
-    rarer = jnp.sum(values[1:] >= values[0] - slack)
+    rarer = jnp.sum(values[1:] >= values[0] - slack, dtype=values.dtype)
     return values[0], (1.0 + rarer) / (1.0 + permutations)
 
 
@@ -161,35 +163,38 @@ def optimal_kernel_weights(
 
     def kernel(a, b):
         distances = jnp.sum((a - b) ** 2, axis=1)
-        return jnp.exp(-distances[:, None] / kernels)
+        return jnp.exp(-distances[:, None] / kernels[None])
 
     terms = kernel(s[::2], s[1::2]) + kernel(t[::2], t[1::2])
     terms = terms - kernel(s[::2], t[1::2]) - kernel(s[1::2], t[::2])
     count = jnp.maximum(jnp.sum(whole), 1.0)
     seen = jnp.sum(whole * terms, axis=0) / count
-    centred = whole * (terms - seen)
+    centred = whole * (terms - seen[None])
     covariance = gram(centred.T) / jnp.maximum(count - 1.0, 1.0)
     size = jnp.trace(covariance) / len(kernels)
     ridge = regularization * jnp.where(size > 0, size, 1.0)
     covariance = covariance + ridge * jnp.eye(len(kernels), dtype=covariance.dtype)
+    seen, covariance = jax.lax.stop_gradient((seen, covariance))
     # With g = w d the constraint is the simplex of g.
     useful = seen > 0
     scale = jnp.where(useful, 1.0 / jnp.where(useful, seen, 1.0), 0.0)
-    quadratic = covariance * scale[:, None] * scale
+    quadratic = covariance * scale[:, None] * scale[None]
     length = 1.0 / jnp.maximum(jnp.trace(quadratic), jnp.finfo(quadratic.dtype).tiny)
 
     def step(_, state):
         before, ahead, momentum = state
         moved = ahead - length * product(quadratic, ahead)
-        after = optax.projections.projection_simplex(jnp.where(useful, moved, -1e9))
+        moved = jnp.where(useful, moved, -1e9)
+        with jax.numpy_dtype_promotion("standard"):  # it mixes floats and integers
+            after = optax.projections.projection_simplex(moved).astype(moved.dtype)
         later = 0.5 * (1.0 + jnp.sqrt(1.0 + 4.0 * momentum**2))
         ahead = after + (momentum - 1.0) / later * (after - before)
         return after, ahead, later
 
-    even = jnp.where(useful, 1.0, 0.0) / jnp.maximum(jnp.sum(useful), 1)
+    even = useful.astype(seen.dtype)
+    even = even / jnp.maximum(jnp.sum(even), 1.0)
     start = (even, even, jnp.ones((), even.dtype))
     found = jax.lax.fori_loop(0, steps, step, start)[0] * scale
     total = jnp.sum(found)
     equal = jnp.full_like(found, 1.0 / len(found))
-    found = jnp.where(total > 0, found / jnp.where(total > 0, total, 1.0), equal)
-    return jax.lax.stop_gradient(found)
+    return jnp.where(total > 0, found / jnp.where(total > 0, total, 1.0), equal)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer.methods._counting import count_of
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -84,7 +85,7 @@ def stages(*parts: tuple[int | None, Objective]) -> Objective:
         dtype = jnp.float32
         for _, objective in parts:
             loss, (_, measured) = jax.eval_shape(_promoted(objective), *given)
-            dtype = jnp.promote_types(dtype, loss.dtype)
+            dtype = common_dtype(dtype, loss.dtype)
             names |= {name: Mean(0.0, 0.0) for name in measured}
 
         def branch(objective: Objective) -> Callable[..., Any]:

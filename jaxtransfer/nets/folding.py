@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.patches import extract_patches
 from jaxtransfer.typing import AnyArray
 
@@ -112,29 +113,31 @@ class FoldedBatchNorm(nn.Module):
         if conv.mask is not None:
             kernel = kernel * conv.mask
         bias = given["bias"] if conv.use_bias else jnp.zeros(features, kernel.dtype)
-        promoted: Any = conv.promote_dtype(
-            jnp.asarray(inputs), kernel, bias, dtype=conv.dtype
-        )
+        with jax.numpy_dtype_promotion("standard"):
+            promoted: Any = conv.promote_dtype(
+                jnp.asarray(inputs), kernel, bias, dtype=conv.dtype
+            )
         x, kernel, bias = promoted
         patches = extract_patches(
             x, window, strides=conv.strides or 1, padding=conv.padding
         )
         kernel = kernel.reshape(-1, features)
-        if self.use_running_average:
-            shift, variance = bias - mean.value, var.value
-        else:
-            center, variance = _moments(patches, kernel)
-            shift = -center  # the bias cancels
-            if not self.is_initializing():
-                keep = self.momentum
-                mean.value = keep * mean.value + (1 - keep) * (center + bias)
-                var.value = keep * var.value + (1 - keep) * variance
-        factor = scale * jax.lax.rsqrt(variance + self.epsilon)
-        dtype = jnp.result_type(patches, kernel, scale)
-        outputs = jnp.matmul(
-            patches, (kernel * factor).astype(dtype), precision=conv.precision
-        )
-        return outputs + (shift * factor + offset).astype(dtype)
+        dtype = common_dtype(patches, kernel, scale)
+        with jax.numpy_dtype_promotion("standard"):  # statistics may be wider
+            if self.use_running_average:
+                shift, variance = bias - mean.value, var.value
+            else:
+                center, variance = _moments(patches, kernel)
+                shift = -center  # the bias cancels
+                if not self.is_initializing():
+                    keep = self.momentum
+                    mean.value = keep * mean.value + (1 - keep) * (center + bias)
+                    var.value = keep * var.value + (1 - keep) * variance
+            factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+            kernel = (kernel * factor[None]).astype(dtype)
+            shift = (shift * factor + offset).astype(dtype)
+            outputs = jnp.matmul(patches, kernel, precision=conv.precision)
+        return outputs + shift.reshape((1,) * (outputs.ndim - 1) + (-1,))
 
 
 def _dilates(dilation: int | Sequence[int] | None) -> bool:
@@ -146,12 +149,12 @@ def _moments(
     patches: Float[Array, "... columns"], kernel: Float[Array, "columns features"]
 ) -> tuple[Float[Array, " features"], Float[Array, " features"]]:
     """Mean and variance of the products of patches and kernel, in float32 at least."""
-    dtype = jnp.promote_types(jnp.result_type(patches, kernel), jnp.float32)
+    dtype = common_dtype(patches, kernel, jnp.float32)
     rows = patches.reshape(-1, patches.shape[-1]).astype(dtype)
     kernel = kernel.astype(dtype)
     mean = jnp.mean(rows, axis=0)
     # One product over all rows would round five times as much as batch normalisation.
-    parts = jnp.pad(rows - mean, ((0, -len(rows) % _PART), (0, 0)))
+    parts = jnp.pad(rows - mean[None], ((0, -len(rows) % _PART), (0, 0)))
     parts = parts.reshape(-1, _PART, rows.shape[1])
     exactly = jax.lax.Precision.HIGHEST
     squares = jnp.matmul(parts.swapaxes(1, 2), parts, precision=exactly)

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.ops.dtypes import common_dtype
+
 
 class TaskNorm(nn.Module):
     r"""Task normalisation (TaskNorm-I) of images.
@@ -42,7 +44,7 @@ class TaskNorm(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Normalise ``[batch, height, width, channels]``."""
         channels = inputs.shape[-1]
-        dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+        dtype = common_dtype(inputs, jnp.float32)
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         var = self.variable("batch_stats", "var", jnp.ones, (channels,))
@@ -59,15 +61,22 @@ class TaskNorm(nn.Module):
         own_spread = jnp.var(inputs, axis=(1, 2), keepdims=True, dtype=dtype)
         slope = self.param("blend_slope", zeros, ())
         offset = self.param("blend_offset", zeros, ())
-        blend = jax.nn.sigmoid(slope * rows + offset)
-        centre = blend * of_set + (1 - blend) * own
-        variance = blend * (spread + (of_set - centre) ** 2)
-        variance += (1 - blend) * (own_spread + (own - centre) ** 2)
         scale = self.param("scale", ones, (channels,))
         bias = self.param("bias", zeros, (channels,))
-        factor = jax.lax.rsqrt(variance + self.epsilon) * scale
-        outputs = (inputs - centre) * factor + bias
-        return outputs.astype(jnp.result_type(inputs, scale, bias))
+        with jax.numpy_dtype_promotion("standard"):  # inputs may be narrower
+            blend = jax.nn.sigmoid(slope * rows + offset)
+            of_set, spread = _per_channel(of_set), _per_channel(spread)
+            centre = blend * of_set + (1 - blend) * own
+            variance = blend * (spread + (of_set - centre) ** 2)
+            variance += (1 - blend) * (own_spread + (own - centre) ** 2)
+            factor = jax.lax.rsqrt(variance + self.epsilon) * _per_channel(scale)
+            outputs = (inputs - centre) * factor + _per_channel(bias)
+        return outputs.astype(common_dtype(inputs, scale, bias))
+
+
+def _per_channel(values):
+    """[channels] for images [batch, height, width, channels]."""
+    return values[None, None, None]
 
 
 __all__ = ["TaskNorm"]

@@ -1,11 +1,13 @@
 """A mean over a batch in chunks, whose gradient needs the memory of one chunk."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.varying import vary, varying_axes
 
 
@@ -68,7 +70,7 @@ def chunked_mean(
             (loss, extra), gradient = jax.value_and_grad(fn, has_aux=True)(
                 params, *shared, chunk
             )
-            return jax.tree.map(jnp.add, total, gradient), (loss, extra)
+            return jax.tree.map(_added, total, gradient), (loss, extra)
 
         zeros = jax.tree.map(_zeros, params)
         total, outputs = jax.lax.scan(body, zeros, chunks)
@@ -81,7 +83,7 @@ def chunked_mean(
 
     def backward(gradient, cotangents):
         scale, _ = cotangents
-        return jax.tree.map(lambda g: (scale * g).astype(g.dtype), gradient), None, None
+        return jax.tree.map(functools.partial(_scaled, scale), gradient), None, None
 
     mean.defvjp(forward, backward)
 
@@ -121,6 +123,13 @@ def _split(batch, chunk_size):
 
 
 def _zeros(leaf):
-    return jnp.zeros_like(
-        leaf, dtype=jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-    )
+    return jnp.zeros_like(leaf, dtype=common_dtype(leaf, jnp.float32))
+
+
+def _added(total, leaf):
+    return total + leaf.astype(total.dtype)
+
+
+def _scaled(scale, leaf):
+    dtype = common_dtype(scale, leaf)
+    return (scale.astype(dtype) * leaf.astype(dtype)).astype(leaf.dtype)

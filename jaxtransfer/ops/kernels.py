@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.products import gram, product
 from jaxtransfer.ops.sums import sum_first
 
@@ -42,7 +43,7 @@ def squared_distances(
             f"{y.shape}."
         )
     x, y = _widen(x), _widen(y)
-    shift = jax.lax.stop_gradient(sum_first(x) / len(x))
+    shift = jax.lax.stop_gradient(sum_first(x) / len(x))[None]
     x, y = x - shift, y - shift
     return _distances(x, y, product(x, y.T))
 
@@ -69,7 +70,7 @@ def self_squared_distances(x: Float[Array, "n features"]) -> Float[Array, "n n"]
     """
     _check_rows("x", x)
     x = _widen(x)
-    x = x - jax.lax.stop_gradient(sum_first(x) / len(x))
+    x = x - jax.lax.stop_gradient(sum_first(x) / len(x))[None]
     return jnp.where(jnp.eye(len(x), dtype=bool), 0.0, _distances(x, x, gram(x)))
 
 
@@ -125,7 +126,7 @@ def mean_squared_distance(
     total = sum(jnp.sum(w) for w in weights)
     pairs = total**2 - sum(jnp.sum(w**2) for w in weights)
     sums = sum(product(w, rows) for w, rows in zip(weights, sets, strict=True))
-    mean = sums / jnp.where(total > 0, total, 1.0)
+    mean = (sums / jnp.where(total > 0, total, 1.0))[None]
     scatter = sum(
         jnp.sum(w * jnp.sum((rows - mean) ** 2, axis=1))
         for w, rows in zip(weights, sets, strict=True)
@@ -135,12 +136,12 @@ def mean_squared_distance(
 
 
 def _distances(x, y, products):
-    norms = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(y**2, axis=1)
+    norms = jnp.sum(x**2, axis=1)[:, None] + jnp.sum(y**2, axis=1)[None]
     return jnp.maximum(norms - 2.0 * products, 0.0)
 
 
 def _widen(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(common_dtype(x, jnp.float32))
 
 
 def _check_rows(name, x):

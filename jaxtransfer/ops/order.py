@@ -28,7 +28,7 @@ def argsort(values: Float[Array, "*batch n"]) -> Int[Array, "*batch n"]:
     keys = _integers(jax.lax.stop_gradient(values)).reshape(-1, n)
     # The place of the first equal one: with the own place behind it, no two are equal.
     first = jax.vmap(jnp.searchsorted)(jnp.sort(keys), keys)
-    places = jnp.sort(first * n + jnp.arange(n, dtype=jnp.int32)) % n
+    places = jnp.sort(first * n + jnp.arange(n, dtype=jnp.int32)[None]) % n
     return places.reshape(values.shape)
 
 

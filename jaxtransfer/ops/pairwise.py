@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.products import product
 from jaxtransfer.ops.varying import vary, varying_axes
 
@@ -75,7 +76,7 @@ def gaussian_kernel_sum(
         )
     if tile is not None and tile < 1:
         raise ValueError(f"tile must be positive, got {tile}.")
-    dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+    dtype = common_dtype(x, y, jnp.float32)
     bandwidths = jnp.atleast_1d(jnp.asarray(bandwidths, dtype))
     x, y = x.astype(dtype), y.astype(dtype)
     given = (
@@ -101,7 +102,7 @@ def gaussian_kernel_sum(
     # and not in others: rows that are equal would no longer be.
     bits = jnp.finfo(dtype)
     shift = jax.lax.reduce_precision(shift, bits.nexp, bits.nmant - 3)
-    shift = jax.lax.stop_gradient(shift)
+    shift = jax.lax.stop_gradient(shift)[None]
     if tile is None:
         tile = _rows_of_a_tile(len(x), len(y), axis_name)
     value: Any = _sum(tile, axis_name, x, y, shift, u, v, *given)
@@ -203,7 +204,7 @@ def _at_once(with_slopes, x, y, u, v, coefficients, kernel):
         return value, None
 
     def gradient(slope, rows, others, u, v):
-        slope = u[:, None] * slope * v
+        slope = u[:, None] * slope * v[None]
         return jnp.sum(slope, axis=1)[:, None] * rows - product(slope, others)
 
     by_x, by_y, by_both = coefficients * jnp.array([2.0, 2.0, 1.0], x.dtype)
@@ -220,7 +221,7 @@ def _tile(rows, weights, kernel, of_one):
     """
     bandwidths, kernel_weights, offset = kernel
     first, second = rows
-    norms = jnp.sum(first**2, axis=1)[:, None] + jnp.sum(second**2, axis=1)
+    norms = jnp.sum(first**2, axis=1)[:, None] + jnp.sum(second**2, axis=1)[None]
     distances = jnp.maximum(norms - 2.0 * product(first, second.T), 0.0)
     inverse = 1.0 / bandwidths
     terms = [

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.winograd import winograd_conv
 
 Algorithm = Literal["auto", "patches", "winograd"]
@@ -89,7 +90,8 @@ def conv(
 
     columns = _columns(inputs, window, strides, sizes)
     weights = kernel.reshape(math.prod(window) * channels, features)
-    return jnp.matmul(columns, weights, precision=precision)
+    dtype = common_dtype(columns, weights)
+    return jnp.matmul(columns.astype(dtype), weights.astype(dtype), precision=precision)
 
 
 def extract_patches(
@@ -132,7 +134,7 @@ def extract_patches(
 
 def _is_wide(array):
     """Whether its dtype is float32 or wider: no integers, no half precision."""
-    return jnp.result_type(array, jnp.float32) == jnp.result_type(array)
+    return common_dtype(array, jnp.float32) == common_dtype(array)
 
 
 def _padded(inputs, window, strides, padding):

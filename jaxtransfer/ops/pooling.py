@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.typing import AnyArray
 
 
@@ -47,7 +48,7 @@ def adaptive_average_pool(
     height, width = inputs.shape[-3:-1]
     if (height, width) == tuple(size):
         return inputs
-    dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    dtype = common_dtype(inputs, jnp.float32)
     if height % size[0] == 0 and width % size[1] == 0:
         blocks = (size[0], height // size[0], size[1], width // size[1])
         blocks = inputs.reshape(*inputs.shape[:-3], *blocks, inputs.shape[-1])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.typing import AnyArray
 
 _NEVER = -1e30
@@ -141,7 +142,7 @@ def beam_search(
     def write(carry):
         count, last, written, live, state, found = carry
         logits, state = step(state, last.reshape(-1))
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(common_dtype(logits, jnp.float32))
         logs = split(jax.nn.log_softmax(logits))
         vocabulary = logs.shape[-1]
         if beams >= vocabulary:
@@ -263,7 +264,7 @@ def sample_tokens(
         last, over, state = carry
         logits, state = step(state, last)
         _check_tokens(end, logits.shape[-1], last.dtype)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(common_dtype(logits, jnp.float32))
         token = jax.random.categorical(key, logits / temperature).astype(last.dtype)
         token = jnp.where(over, padding, token)
         return (token, over | (token == end), state), token

@@ -166,8 +166,8 @@ def held_out_domain_logits(
     rows = jnp.concatenate([source, target])
     weights = jnp.concatenate([source_weights, target_weights])
     share = weights / jnp.maximum(jnp.sum(weights), 1.0)
-    rows = rows - product(share, rows)
-    deviation = jnp.sqrt(product(share, rows**2))
+    rows = rows - product(share, rows)[None]
+    deviation = jnp.sqrt(product(share, rows**2))[None]
     rows = rows / jnp.where(deviation == 0, 1.0, deviation)
     source, target = rows[: len(source)], rows[len(source) :]
     source_folds = _dealt(source_weights, folds)

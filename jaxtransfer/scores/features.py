@@ -114,7 +114,7 @@ def _evidence(left, squares, target, count, tolerance, iterations):
     along = product(left.T, target)
     beyond = jnp.sum((target - product(left, along)) ** 2)
     kept = ~(squares <= 0)
-    unkept = count - jnp.sum(kept)
+    unkept = count - jnp.sum(kept, dtype=count.dtype)
     # What rounding leaves of a residual or of a ratio that is 0 or infinite.
     least = limits.eps**2 * jnp.sum(target**2) + limits.tiny / limits.eps
     largest = jnp.where(squares[0] > 0, squares[0], 1.0)

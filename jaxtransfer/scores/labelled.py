@@ -70,7 +70,7 @@ def mean_of_present(values, member):
 def centred(rows, weights):
     """The rows less the mean of those that count, 0 where masked."""
     count = jnp.maximum(jnp.sum(weights), 1.0)
-    return (rows - product(weights, rows) / count) * weights[:, None]
+    return (rows - (product(weights, rows) / count)[None]) * weights[:, None]
 
 
 def decomposed(rows):

@@ -56,7 +56,7 @@ def log_expected_empirical_prediction(
     if not isinstance(rows, Tracer) and rows.is_fully_addressable:
         _check_probabilities(rows, weights)
     joint = product(member.T, rows)  # [classes, source classes]
-    conditional = joint / _nonzero(jnp.sum(joint, axis=0))
+    conditional = joint / _nonzero(jnp.sum(joint, axis=0, keepdims=True))
     expected = jnp.sum(member * product(rows, conditional.T), axis=1)
     logs = jnp.log(jnp.where(weights > 0, _nonzero(expected), 1.0))
     return jnp.sum(weights * logs) / jnp.maximum(jnp.sum(weights), 1.0)
@@ -128,7 +128,7 @@ def negative_conditional_entropy(
     member, weights = membership("labels", labels, count, classes, where, dtype)
     total = jnp.maximum(jnp.sum(weights), 1.0)
     joint = product(member.T, given) / total
-    conditional = joint / _nonzero(jnp.sum(joint, axis=0))
+    conditional = joint / _nonzero(jnp.sum(joint, axis=0, keepdims=True))
     return jnp.sum(jax.scipy.special.xlogy(joint, conditional))
 
 

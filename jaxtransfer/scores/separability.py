@@ -163,7 +163,7 @@ def gaussian_bhattacharyya(
     rows = centred(rows, weights)
     if components is not None:
         left, values = decomposed(rows)
-        rows = (left * values)[:, :components]
+        rows = (left * values[None])[:, :components]
     sizes = jnp.maximum(jnp.sum(member, axis=0), 1.0)[:, None]
     means = product(member.T, rows) / sizes
     apart = rows - product(member, means)
@@ -195,4 +195,5 @@ def _overlaps(means, variances, present, times):
         others = present & (number != jnp.arange(len(means)))
         return jnp.sum(jnp.where(others, jnp.exp(-distance), 0.0))
 
-    return jax.lax.map(of_class, (means, variances, logs, jnp.arange(len(means))))
+    each = means[:, None], variances[:, None], logs[:, None], jnp.arange(len(means))
+    return jax.lax.map(of_class, each)

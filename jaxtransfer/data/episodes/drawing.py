@@ -141,7 +141,7 @@ def draw(
     most = class_index.members.shape[1]
     wanted = min(shots + queries, most)
     score = jax.random.uniform(prng.stream(key, "members"), (tasks, ways, most))
-    present = jnp.arange(most) < class_index.counts[classes][..., None]
+    present = jnp.arange(most)[None, None] < class_index.counts[classes][..., None]
     _, position = jax.lax.top_k(jnp.where(present, score, -1.0), wanted)
     rows = jnp.take_along_axis(class_index.members[classes], position, axis=-1)
 

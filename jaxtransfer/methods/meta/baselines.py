@@ -42,7 +42,7 @@ def _transformed(how: Transform, frozen: Frozen, features: jax.Array) -> jax.Arr
                 'frozen: no "mean" to centre features by; give the mean [features] of '
                 'the base classes\' features, or choose transform="l2"'
             )
-        features = features - frozen["mean"]
+        features = features - frozen["mean"][None]
     return direction(features)
 
 
@@ -247,7 +247,7 @@ def fine_tuning(
         return {**uniform_kernel(key, features, member), "bias": bias}
 
     def score(params, features):
-        return product(features, params["kernel"]) + params["bias"]
+        return product(features, params["kernel"]) + params["bias"][None]
 
     return tuned(
         model,

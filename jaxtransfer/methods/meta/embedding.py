@@ -20,6 +20,7 @@ from jaxtransfer.methods.meta.learner import (
     batch_statistics,
     check_support,
 )
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.products import product
 from jaxtransfer.train.metrics import ABSENT, cover
 from jaxtransfer.typing import (
@@ -167,11 +168,12 @@ def membership(support: Batch, ways: int) -> jax.Array:
             f"support labels: got {wrong[:5]} with ways={ways}; number a task's "
             "classes from 0, raise ways, or mask these rows with where"
         )
-    member = integers(labels)[:, None] == jnp.arange(ways)
+    labels = integers(labels)
+    member = labels[:, None] == jnp.arange(ways, dtype=labels.dtype)[None]
     if "where" in support:
         member &= cover(support["where"], member)
     if "classes" in support:
-        member &= support["classes"]
+        member &= support["classes"][None]
     return member
 
 
@@ -196,7 +198,7 @@ def counted(features: jax.Array, support: Batch, ways: int) -> jax.Array:
 
 def flat(features: jax.Array) -> jax.Array:
     """``[rows, features]`` in float32 or wider."""
-    wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+    wide = features.astype(common_dtype(features, jnp.float32))
     return wide.reshape(len(wide), -1)
 
 

@@ -111,9 +111,8 @@ def transductive_fine_tuning(
         return {"kernel": kernel, "bias": jnp.zeros(member.shape[1], kernel.dtype)}
 
     def score(params, features):
-        return (
-            product(direction(jax.nn.relu(features)), params["kernel"]) + params["bias"]
-        )
+        directions = direction(jax.nn.relu(features))
+        return product(directions, params["kernel"]) + params["bias"][None]
 
     return tuned(
         model,
