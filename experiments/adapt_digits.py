@@ -38,6 +38,8 @@ from jaxtransfer.typing import Variables
 
 SOURCE_ONLY = "source only"
 BOUND = "bound: labelled target"
+JUDGED = ("DANN", "CDAN")
+"""Methods with a critic."""
 TASKS = {
     "digits → inverted": ("digits", "inverted", 1),
     "MNIST → USPS": ("mnist", "usps", 1),
@@ -53,7 +55,9 @@ class Config(StudyConfig):
     tasks: tuple[str, ...] = ("MNIST → USPS", "USPS → MNIST", "MNIST → MNIST-M")
     """Which pairs of domains; also "digits → inverted", which is embedded."""
     methods: tuple[str, ...] = ("MMD", "CORAL", "DANN")
-    """Which methods beside source only and the bound."""
+    """Which methods beside source only and the bound; also LMMD (local MMD, by class)
+    and CDAN (the critic sees features and predictions), with DANN's ramp as LMMD's
+    weight, and with DANN's layer and ramp."""
     size: int = 20
     """Height and width of the images in pixels (20: a third of the work of 28)."""
     margin: bool = False
@@ -195,10 +199,11 @@ def make_network(config: Config) -> Any:
 
 
 @functools.cache
-def make_start(adversarial: bool, channels: int, config: Config) -> Callable:
-    """Fresh variables, ``key -> Variables``, compiled once for all methods."""
+def make_start(judged: str, channels: int, config: Config) -> Callable:
+    """Fresh variables, ``key -> Variables``, compiled once for all methods but those
+    of :data:`JUDGED`."""
     net = make_network(config)
-    critic = from_linen(nets.Critic(config.critic)) if adversarial else None
+    critic = from_linen(nets.Critic(config.critic)) if judged else None
 
     @jax.jit
     def start(key: jax.Array) -> Variables:
@@ -210,6 +215,7 @@ def make_start(adversarial: bool, channels: int, config: Config) -> Callable:
             example,
             critic=critic,
             tap=config.dann_tap if critic else None,
+            conditional=judged == "CDAN",
         )
 
     return start
@@ -225,15 +231,30 @@ def make_terms(method: str, critic: Any, config: Config) -> tuple[adapt.Term, ..
     if method == "DANN":
         ramp = partial(ops.dann, gamma=config.dann_gamma)
         return (adapt.dann(critic, tap=config.dann_tap, reversal=ramp),)
+    if method == "CDAN":
+        ramp = partial(ops.dann, gamma=config.dann_gamma)
+        return (adapt.cdan(critic, tap=config.dann_tap, reversal=ramp),)
+    if method == "LMMD":
+        ramp = partial(ops.dann, gamma=config.dann_gamma)
+        return (adapt.compare(_local, tap="features", weight=ramp, name="local"),)
     if method in (SOURCE_ONLY, BOUND):
         return ()
-    raise ValueError(f"methods: {method!r} is unknown; choose from MMD, CORAL, DANN")
+    raise ValueError(
+        f"methods: {method!r} is unknown; choose from MMD, CORAL, DANN, CDAN, LMMD"
+    )
+
+
+def _local(source: adapt.Domain, target: adapt.Domain) -> jax.Array:
+    """Local MMD, class by class by what is predicted for the target."""
+    return losses.local_maximum_mean_discrepancy(
+        source.features, target.features, source.labels, jax.nn.softmax(target.outputs)
+    )
 
 
 def make_run(method: str, channels: int, steps: int, config: Config) -> Callable:
     """One run, compiled: ``(key, source, target, test) -> (correct, …)``."""
     net = make_network(config)
-    critic = from_linen(nets.Critic(config.critic)) if method == "DANN" else None
+    critic = from_linen(nets.Critic(config.critic)) if method in JUDGED else None
     warm_up = max(1, steps // 20)
     optimizer = optax.adam(
         optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warm_up, steps)
@@ -271,7 +292,8 @@ def make_run(method: str, channels: int, steps: int, config: Config) -> Callable
         return correct, variables, last
 
     def run(key: jax.Array, source: Any, target: Any, test: Any) -> Any:
-        start = make_start(critic is not None, channels, config)(key)
+        judged = method if method in JUDGED else ""
+        start = make_start(judged, channels, config)(key)
         return train(key, start, source, target, test)
 
     return run
@@ -347,7 +369,7 @@ def main(config: Config) -> dict[str, Any]:
     for method in config.methods:
         make_terms(method, from_linen(nets.Critic(config.critic)), config)
     colours = {TASKS[task][2] for task in config.tasks}
-    for channels in colours if "DANN" in config.methods else ():
+    for channels in colours if {*JUDGED} & {*config.methods} else ():
         check_tap(config if channels == 1 else in_colour(config), channels)
     folder = start_run("adapt_digits", config)
     domain = {

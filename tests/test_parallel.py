@@ -145,6 +145,16 @@ SGD = optax.sgd(0.4)
 ADAM = optax.adam(0.05, eps_root=1e-6)  # the root at 0 has no derivative
 MMD = adapt.align(losses.mmd, tap="blocks_1", name="mmd")
 CORAL = adapt.align(losses.coral, tap="blocks_0", weight=3.0, name="coral")
+LOCAL = adapt.compare(
+    lambda source, target: losses.local_maximum_mean_discrepancy(
+        source.features[1],
+        target.features[1],
+        source.labels,
+        jax.nn.softmax(target.outputs),
+    ),
+    tap=("blocks_0", "blocks_1"),
+    name="local",
+)
 METHODS = {
     "finetune, full": lambda: finetune_full("linen"),
     "finetune, frozen": lambda: finetune_frozen("nnx"),
@@ -154,6 +164,7 @@ METHODS = {
     "adapt, source only": lambda: adaptation("linen"),
     "adapt, mmd": lambda: adaptation("nnx", MMD),
     "adapt, coral": lambda: adaptation("linen", CORAL),
+    "adapt, local mmd": lambda: adaptation("nnx", LOCAL),
     "adapt, dann": lambda: adaptation("linen", critic=True),
     "maml, second, adam, chunks": lambda: meta_learning("nnx", ADAM, chunk=1),
     "maml, first, adam": lambda: meta_learning("linen", ADAM, first_order=True),

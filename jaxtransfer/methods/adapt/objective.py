@@ -1,18 +1,15 @@
-"""Domain adaptation: one function for a labelled source and an unlabelled target.
-
-Learned: the network (``params["model"]``) and, for adversarial terms, a critic
-(``params["critic"]``). The model state counts updates, which ramps read.
-"""
+"""The objective over a labelled source and an unlabelled target."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtransfer import losses, ops, prng, tree
-from jaxtransfer.methods._domains import check_gathered_once, domains, gather, join
+from jaxtransfer.methods._domains import domains, join
 from jaxtransfer.methods._supervised import task_loss
+from jaxtransfer.methods.adapt.terms import Term, conditioned, rows
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -27,147 +24,6 @@ from jaxtransfer.typing import (
     Variables,
 )
 
-Weight = float | Callable[[jax.Array], jax.Array]
-"""A number, or a ramp: a function of the progress 0 … 1."""
-
-
-class Term(NamedTuple):
-    """One term that draws the two domains together; see :func:`align`, :func:`dann`.
-
-    Attributes:
-        name: name of its metric.
-        tap: path of the layer it reads.
-        weight: its weight in the objective.
-        value: ``(params, model_state, source, target, progress, key, axis_name) ->
-            (scalar, metrics, model_state)`` of the tapped rows ``[n, ...]``, ``[m,
-            ...]``.
-        ramped: whether the weight or the value follows the progress.
-        critic: whether it trains ``params["critic"]``, of which there is one.
-    """
-
-    name: str
-    tap: str
-    weight: Weight
-    value: Callable[..., tuple[Scalar, Metrics, ModelState]]
-    ramped: bool = False
-    critic: bool = False
-
-
-def _rows(features: jax.Array) -> jax.Array:
-    return features.reshape(len(features), -1)
-
-
-def align(
-    distance: Callable[[jax.Array, jax.Array], Scalar] = (
-        losses.maximum_mean_discrepancy
-    ),
-    *,
-    tap: str,
-    weight: Weight = 1.0,
-    name: str = "alignment",
-) -> Term:
-    r"""Draw the tapped features together under a distance of sets.
-
-    .. math:: \lambda\, d(\{\phi(x^S_i)\}, \{\phi(x^T_j)\})
-
-    Args:
-        distance: ``(source [n, features], target [m, features]) -> scalar``, e.g.
-            ``losses.mmd``, ``losses.coral`` or a ``functools.partial`` of one, without
-            ``axis_name`` where :func:`objective` has it.
-        tap: path of the layer.
-        weight: :math:`\lambda`, a number or a ramp of the progress.
-        name: name of its metric.
-
-    Returns:
-        A term for :func:`objective`.
-
-    References:
-        DAN: Long et al., ICML 2015, eq. 4. Deep CORAL: Sun and Saenko, ECCV
-        workshops 2016, eq. 6.
-    """
-
-    def value(
-        params: Params,
-        model_state: ModelState,
-        source: jax.Array,
-        target: jax.Array,
-        progress: jax.Array,
-        key: jax.Array,
-        axis_name: str | None,
-    ) -> tuple[Scalar, Metrics, ModelState]:
-        del params, progress, key
-        check_gathered_once(distance, axis_name, name)
-        parts = gather((_rows(source), _rows(target)), axis_name)
-        return distance(*parts), {}, model_state
-
-    return Term(name, tap, weight, value, ramped=callable(weight))
-
-
-def dann(
-    critic: Model,
-    *,
-    tap: str,
-    weight: Weight = 1.0,
-    reversal: Weight = ops.dann,
-    name: str = "domain",
-) -> Term:
-    r"""Fool a critic that tells the domains apart, by gradient reversal.
-
-    .. math:: \min_{\phi, c} \mathrm{BCE}(c(R_\lambda(\phi(x))), d)
-
-    in one update: the critic minimises its own cross-entropy; on the way back to the
-    features :math:`R_\lambda`, which changes no value, multiplies the gradient by
-    :math:`-\lambda` (the ramp ``reversal``).
-
-    Args:
-        critic: network of ``params["critic"]``: features ``[rows, features]`` to one
-            logit ``[rows, 1]``, source positive.
-        tap: path of the layer.
-        weight: weight of the critic's loss, a number or a ramp of progress.
-        reversal: strength of the reversed gradient, a number or a ramp of progress.
-        name: name of its metric; ``name_accuracy`` is the critic's accuracy.
-
-    Returns:
-        A term for :func:`objective`.
-
-    References:
-        Ganin et al., *Domain-adversarial training of neural networks*, JMLR 2016,
-        eqs. 9–10; the ramp in section 5.2.2.
-    """
-
-    def value(
-        params: Params,
-        model_state: ModelState,
-        source: jax.Array,
-        target: jax.Array,
-        progress: jax.Array,
-        key: jax.Array,
-        axis_name: str | None,
-    ) -> tuple[Scalar, Metrics, ModelState]:
-        del axis_name
-        if "critic" not in params:
-            raise ValueError(
-                "critic: the parameters have none; make them by adapt.init(..., "
-                "critic=critic, tap=...)"
-            )
-        strength = reversal(progress) if callable(reversal) else reversal
-        rows = ops.gradient_reversal(_rows(join(source, target)), strength)
-        logits, _, critic_state = critic.apply(
-            Variables(params["critic"], model_state["critic"]),
-            rows,
-            train=True,
-            key=key,
-        )
-        parts = logits[: len(source)], logits[len(source) :]
-        return (
-            losses.domain_adversarial(*parts),
-            {f"{name}_accuracy": losses.domain_accuracy(*parts)},
-            {**model_state, "critic": critic_state},
-        )
-
-    ramped = callable(reversal) or callable(weight)
-    return Term(name, tap, weight, value, ramped=ramped, critic=True)
-
 
 def init(
     key: jax.Array,
@@ -177,6 +33,7 @@ def init(
     *,
     critic: Model | None = None,
     tap: str | None = None,
+    conditional: bool = False,
 ) -> Variables:
     """Give the network (and a fresh critic) their roles.
 
@@ -185,8 +42,9 @@ def init(
         model: the network.
         variables: its variables, fresh or pretrained on the source.
         inputs: an example batch ``[batch, ...]``, for the critic's shapes.
-        critic: network of :func:`dann`.
+        critic: network of :func:`dann` or :func:`cdan`.
         tap: the layer the critic reads.
+        conditional: whether it is of :func:`cdan`.
 
     Returns:
         Variables ``{"model": …, "critic": …}`` for
@@ -213,8 +71,10 @@ def init(
     if critic is not None:
         if tap is None:
             raise ValueError("tap: name the layer that the critic reads")
-        _, features, _ = model.apply(variables, inputs, taps=(tap,))
-        fresh = critic.init(prng.stream(key, "critic"), _rows(features[tap]))
+        outputs, features, _ = model.apply(variables, inputs, taps=(tap,))
+        seen = rows(features[tap])
+        seen = conditioned(seen, outputs) if conditional else seen
+        fresh = critic.init(prng.stream(key, "critic"), seen)
         params["critic"], state["critic"] = fresh
     return Variables(params, state)
 
@@ -243,7 +103,7 @@ def objective(
 
     Args:
         model: network of ``params["model"]``; see :func:`init`.
-        *terms: from :func:`align` and :func:`dann`.
+        *terms: from :func:`align`, :func:`compare`, :func:`dann` and :func:`cdan`.
         steps: updates of the whole run; the progress that ramps read is
             ``updates / steps``.
         loss: task loss on the source, ``(outputs, labels) -> [batch]``.
@@ -260,7 +120,7 @@ def objective(
 
     Raises:
         ValueError: a ramp without ``steps``; two terms of one name, or of one that the
-            objective or the step has; two of :func:`dann`, which would share a critic;
+            objective or the step has; two with a critic, which would share it;
             (at the first call) source and target of different shapes, one of them empty
             or with a ``"where"`` of examples, two metrics of one name, a tap that does
             not exist, ``axis_name`` in a distance too, no network or critic, or
@@ -268,6 +128,7 @@ def objective(
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from jaxtransfer.methods.adapt import align
         >>> from jaxtransfer.model import from_linen
         >>> net = from_linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]))
         >>> key, x = jax.random.key(0), jnp.arange(12.0).reshape(4, 3)
@@ -280,13 +141,13 @@ def objective(
         >>> sorted(measured), int(state["updates"])
         (['accuracy', 'alignment', 'task_loss'], 1)
     """
-    taps = tuple(dict.fromkeys(term.tap for term in terms))
+    taps = tuple(dict.fromkeys(tap for term in terms for tap in term.taps))
     names = [term.name for term in terms]
     critics = [term.name for term in terms if term.critic]
     if len(critics) > 1:
         raise ValueError(
-            f"terms: {critics} are of dann and would share one critic, "
-            "params['critic']; give one of them"
+            f"terms: {critics} would share one critic, params['critic']; give one of "
+            "them"
         )
     if len(set(names)) < len(names):
         raise ValueError(f"terms: names must differ, got {names}; give name=")
@@ -324,7 +185,7 @@ def objective(
                 taps=taps,
                 held=held,
             )
-            _, of_target, network_state = model.apply(
+            of_others, of_target, network_state = model.apply(
                 variables,
                 jax.tree.map(lambda x: x[count:], both),
                 train=True,
@@ -338,7 +199,8 @@ def objective(
             )
             of_source = {tap: features[tap][:count] for tap in taps}
             of_target = {tap: features[tap][count:] for tap in taps}
-        outputs = jax.tree.map(lambda x: x[:count], outputs)
+            of_others = jax.tree.map(lambda x: x[count:], outputs)
+            outputs = jax.tree.map(lambda x: x[:count], outputs)
         total, measured = task_loss(loss, outputs, source)
         progress = ops.progress(model_state["updates"], steps or 1)
         model_state = {
@@ -350,8 +212,8 @@ def objective(
             term_value, term_metrics, model_state = term.value(
                 params,
                 model_state,
-                of_source[term.tap],
-                of_target[term.tap],
+                term.seen(of_source, outputs, source.get("labels")),
+                term.seen(of_target, of_others, None),
                 progress,
                 prng.stream(key, term.name),
                 axis_name,
@@ -410,4 +272,4 @@ def predict(model: Model) -> Predict:
     return run
 
 
-__all__ = ["Term", "align", "dann", "init", "objective", "predict"]
+__all__ = ["init", "objective", "predict"]
