@@ -28,9 +28,15 @@ def domain(name, config):
 def test_smoke_prints_the_same_rows_again_and_saves_its_files(tmp_path):
     config = dataclasses.replace(SMOKE, run_dir=tmp_path, steps=8)
     first = adapt_digits.main(config)
-    second = adapt_digits.main(dataclasses.replace(config, methods=("DANN",)))
-    again = [row for row in first["rows"] if row.method in (SOURCE_ONLY, "DANN", BOUND)]
-    assert second["rows"] == again
+    second = adapt_digits.main(
+        dataclasses.replace(config, methods=("DANN", "CDAN", "LMMD"))
+    )
+    shared = (SOURCE_ONLY, "DANN", BOUND)
+    one, other = (
+        [row for row in run["rows"] if row.method in shared] for run in (first, second)
+    )
+    assert one == other
+    assert {row.method for row in second["rows"]} == {*shared, "CDAN", "LMMD"}
     assert [row.method for row in first["rows"]] == [
         SOURCE_ONLY,
         "MMD",
@@ -47,7 +53,7 @@ def test_smoke_prints_the_same_rows_again_and_saves_its_files(tmp_path):
     tables = [
         (run["folder"] / "table.md").read_text().splitlines() for run in (first, second)
     ]
-    assert set(tables[1]) < set(tables[0])
+    assert len(set(tables[1]) - set(tables[0])) == 2
 
 
 def test_adaptation_gets_no_target_label(tmp_path, monkeypatch):
@@ -105,7 +111,7 @@ def test_the_source_only_objective_ignores_the_target():
     "change, message",
     [
         ({"tasks": ("MNIST → SVHN",)}, "tasks"),
-        ({"methods": ("CDAN",)}, "methods"),
+        ({"methods": ("ADDA",)}, "methods"),
         ({"dann_tap": "nope"}, "tap 'nope' names no module"),
     ],
 )
