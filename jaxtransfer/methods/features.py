@@ -133,6 +133,9 @@ def objective(
         Objective over ``{"inputs", "labels"}`` batches; ``params`` and
         ``model_state`` are the head's.
 
+    Raises:
+        ValueError: (at the first call) ``frozen`` has no ``"source"``.
+
     References:
         Donahue et al., *DeCAF*, ICML 2014; Razavian et al., *CNN features
         off-the-shelf*, CVPR workshops 2014.
@@ -148,7 +151,7 @@ def objective(
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
         outputs, _, model_state = head.apply(
             Variables(params, model_state),
-            run(frozen["source"], batch["inputs"]),
+            run(_source(frozen), batch["inputs"]),
             train=True,
             key=key,
         )
@@ -156,6 +159,20 @@ def objective(
         return total, (model_state, measured)
 
     return value
+
+
+def _source(frozen: Frozen) -> Variables:
+    """The source's variables.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if "source" not in frozen:
+        raise ValueError(
+            f"frozen: got {sorted(frozen)}, but no 'source'; give init_state("
+            "..., frozen={'source': variables})"
+        )
+    return frozen["source"]
 
 
 def predict(source: Model, head: Model, *, tap: str) -> Predict:
@@ -174,7 +191,7 @@ def predict(source: Model, head: Model, *, tap: str) -> Predict:
     def outputs(
         params: Params, frozen: Frozen, model_state: ModelState, inputs: Inputs
     ) -> Any:
-        features = run(frozen["source"], inputs)
+        features = run(_source(frozen), inputs)
         return head.apply(Variables(params, model_state), features)[0]
 
     return outputs

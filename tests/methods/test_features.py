@@ -103,6 +103,13 @@ def test_the_objective_is_the_head_s_loss_on_features(source, head):
     )
 
 
+def test_a_source_that_was_not_given_is_named(source, head):
+    task = features.objective(source[0], head[0], tap="blocks_1")
+    batch = {"inputs": X, "labels": LABELS}
+    with pytest.raises(ValueError, match=r"frozen: got \['teacher'\], but no 'source'"):
+        task(head[1].params, {"teacher": source[1]}, {}, batch, KEY)
+
+
 def test_nothing_flows_into_the_source(source, head):
     model, given = source
     task_model, start = head
