@@ -41,7 +41,9 @@ PROJECTIONS = (normal(WIDTH, 1024, seed=26), normal(CLASSES, 1024, seed=27))
 
 
 def _adversarial(source, target):
-    return 0.5 * (F.softplus(-source).mean() + F.softplus(target).mean())
+    of_source = F.binary_cross_entropy(torch.sigmoid(source), torch.ones_like(source))
+    of_target = F.binary_cross_entropy(torch.sigmoid(target), torch.zeros_like(target))
+    return 0.5 * (of_source + of_target)
 
 
 def _weights(logits):
@@ -70,7 +72,8 @@ def _library_weighted(source, target, *logits):
 
 
 def _confusion(logits):
-    return -F.log_softmax(logits, 1).mean()
+    uniform = torch.full_like(logits, 1 / logits.shape[1])
+    return -(uniform * F.log_softmax(logits, 1)).sum(1).mean()
 
 
 def _multilinear(features, probabilities, kernel):
@@ -104,18 +107,23 @@ def _balance(logits):
     return -torch.log(F.softmax(logits, 1).mean(0) + 1e-6).mean()
 
 
+def _shifted_log(values):
+    return torch.log(torch.clamp(values + 1e-6, max=1.0))
+
+
 def _margin(source, source_adversarial, target, target_adversarial, margin=4.0):
     of_source = -margin * F.cross_entropy(source_adversarial, source.argmax(1))
-    chosen = F.cross_entropy(target_adversarial, target.argmax(1), reduction="none")
-    others = 1 - torch.exp(-chosen) + 1e-6
-    return of_source + torch.log(others.clamp(max=1.0)).mean()
+    of_target = -F.nll_loss(
+        _shifted_log(1 - F.softmax(target_adversarial, 1)), target.argmax(1)
+    )
+    return of_source + of_target
 
 
 def _exact_margin(source, source_adversarial, target, target_adversarial, margin=4.0):
     of_source = -margin * F.cross_entropy(source_adversarial, source.argmax(1))
     logs = F.log_softmax(target_adversarial, 1)
-    others = logs.scatter(1, target.argmax(1, keepdim=True), -torch.inf)
-    return of_source + torch.logsumexp(others, 1).mean()
+    chosen = F.one_hot(target.argmax(1), logs.shape[1]).bool()
+    return of_source + torch.logsumexp(logs.masked_fill(chosen, -torch.inf), 1).mean()
 
 
 ROWS: Rows = {

@@ -45,48 +45,24 @@ CRITIC = {
 
 
 def _gram(x, y):
-    norms = x.square().sum(1, keepdim=True) + y.square().sum(1)
-    return torch.addmm(norms, x, y.T, alpha=-2).clamp_min(0)
-
-
-def _own(x):
-    """`_gram` of rows with themselves, whose gradient takes one product, not two."""
-    products = x @ x.detach().T
-    half = torch.sub(x.square().sum(1, keepdim=True), products, alpha=2)
-    return torch.add(half + half.T, products.detach(), alpha=2).clamp_min(0)
-
-
-def _blocks(source, target):
-    """Within the source, within the target, and between them."""
-    return _own(source), _own(target), _gram(source, target)
+    norms = (x**2).sum(1, keepdim=True) + (y**2).sum(1)
+    return (norms - 2 * x @ y.T).clamp_min(0)
 
 
 def _several(distances, mean):
-    """The sum of the kernels, of which each is the square of the one before."""
-    kernel = torch.exp(distances * (-1 / (POWERS[-1] * mean)))
-    total = kernel
-    for _ in POWERS[1:]:
-        kernel = kernel * kernel
-        total = total + kernel
-    return total
+    return sum(torch.exp(-distances / (power * mean)) for power in POWERS)
 
 
-def _mean_distance(source, target):
-    rows = torch.cat([source, target]).detach()
-    return 2 * (rows - rows.mean(0)).square().sum() / (len(rows) - 1)
-
-
-def _kernels(source, target):
-    mean = _mean_distance(source, target)
-    return [_several(distances, mean) for distances in _blocks(source, target)]
-
-
-def _biased_of(own, other, between):
-    return own.mean() + other.mean() - 2 * between.mean()
+def _all_pairs(source, target):
+    rows = torch.cat([source, target])
+    distances = _gram(rows, rows)
+    count = len(rows)
+    return _several(distances, distances.detach().sum() / (count**2 - count))
 
 
 def _biased(source, target):
-    return _biased_of(*_kernels(source, target))
+    n, kernel = len(source), _all_pairs(source, target)
+    return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
 
 
 def _unbiased_of(own, other, between):
@@ -98,30 +74,33 @@ def _unbiased_of(own, other, between):
 
 
 def _unbiased(source, target):
-    return _unbiased_of(*_kernels(source, target))
+    n, kernel = len(source), _all_pairs(source, target)
+    return _unbiased_of(kernel[:n, :n], kernel[n:, n:], kernel[:n, n:])
 
 
 def _median(source, target):
-    blocks = own, other, between = _blocks(source, target)
-    with torch.no_grad():
-        upper = torch.ones_like(own, dtype=torch.bool).triu(1)
-        pairs = torch.cat([own[upper], other[upper], between.flatten()])
-    return _biased_of(*(_several(distances, pairs.median()) for distances in blocks))
+    rows = torch.cat([source, target])
+    distances = _gram(rows, rows)
+    n = len(source)
+    pairs = torch.triu_indices(2 * n, 2 * n, 1, device=rows.device)
+    kernel = _several(distances, distances.detach()[pairs[0], pairs[1]].median())
+    return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
 
 
-def _of_pairs(s, s_next, t, t_next):
-    """Squared distances: two rows for what is added, two for what is subtracted."""
-    pairs = (s, s_next), (t, t_next), (s, t_next), (s_next, t)
-    return torch.stack([(x - y).square().sum(1) for x, y in pairs])
-
-
-def _linear_of(kernel):
-    return (kernel[:2] - kernel[2:]).sum() / kernel.shape[1]
+def _mean_distance(source, target):
+    rows = torch.cat([source, target]).detach()
+    return 2 * ((rows - rows.mean(0)) ** 2).sum() / (len(rows) - 1)
 
 
 def _linear(source, target):
-    distances = _of_pairs(source[::2], source[1::2], target[::2], target[1::2])
-    return _linear_of(_several(distances, _mean_distance(source, target)))
+    mean = _mean_distance(source, target)
+    (s, s_next), (t, t_next) = ((x[::2], x[1::2]) for x in (source, target))
+
+    def kernel(x, y):
+        return _several(((x - y) ** 2).sum(1), mean)
+
+    terms = kernel(s, s_next) + kernel(t, t_next) - kernel(s, t_next)
+    return (terms - kernel(s_next, t)).mean()
 
 
 def _block(source, target, size=16):
@@ -129,160 +108,166 @@ def _block(source, target, size=16):
     s, t = (x.reshape(-1, size, x.shape[1]) for x in (source, target))
 
     def kernel(x, y):
-        norms = x.square().sum(2)[:, :, None] + y.square().sum(2)[:, None]
-        distances = torch.baddbmm(norms, x, y.mT, alpha=-2).clamp_min(0)
-        kernel = _several(distances, mean)
+        norms = (x**2).sum(2)[:, :, None] + (y**2).sum(2)[:, None]
+        kernel = _several((norms - 2 * x @ y.mT).clamp_min(0), mean)
         return kernel.sum() - kernel.diagonal(dim1=1, dim2=2).sum()
 
     total = kernel(s, s) + kernel(t, t) - 2 * kernel(s, t)
     return total / (len(s) * size * (size - 1))
 
 
-def _tllib_mean(source, target):
-    """The mean with the pairs of a row and itself."""
-    count = len(source) + len(target)
-    return (1 - 1 / count) * _mean_distance(source, target)
-
-
 def _tllib(source, target):
-    mean = _tllib_mean(source, target)
-    kernels = [_several(distances, mean) for distances in _blocks(source, target)]
-    return _unbiased_of(*kernels) + 2 / (len(source) - 1)
+    n = len(source)
+    rows = torch.cat([source, target])
+    distances = ((rows.unsqueeze(0) - rows.unsqueeze(1)) ** 2).sum(2)
+    kernel = _several(distances, distances.detach().mean())
+    weights = torch.full_like(kernel, -1 / n**2)
+    weights[:n, :n] = weights[n:, n:] = 1 / (n * (n - 1))
+    weights.fill_diagonal_(0)
+    return (kernel * weights).sum() + 2 / (n - 1)
 
 
 def _tllib_linear(source, target):
-    following = source.roll(-1, 0), target.roll(-1, 0)
-    distances = _of_pairs(source, following[0], target, following[1])
-    kernel = _several(distances, _tllib_mean(source, target))
-    return _linear_of(kernel) + 2 / (len(source) - 1)
+    n = len(source)
+    rows = torch.cat([source, target])
+    distances = ((rows.unsqueeze(0) - rows.unsqueeze(1)) ** 2).sum(2)
+    kernel = _several(distances, distances.detach().mean())
+    weights = torch.zeros_like(kernel)
+    for i in range(n):
+        s, t = (i + 1) % n, (i + 1) % n + n
+        weights[i, s] += 1 / n
+        weights[i + n, t] += 1 / n
+        weights[i, t] -= 1 / n
+        weights[s, i + n] -= 1 / n
+    return (kernel * weights).sum() + 2 / (n - 1)
 
 
 def _pytorch_adapt(source, target):
-    blocks = _blocks(source, target)
-    scale = -1 / blocks[0].detach().median()
-    return _unbiased_of(*(torch.exp(distances * scale) for distances in blocks))
+    def distances(x, y):
+        return torch.cdist(x, y)
+
+    own = distances(source, source) ** 2
+    scale = own.detach().median()
+    kernels = [
+        torch.exp(-squares / scale)
+        for squares in (
+            own,
+            distances(target, target) ** 2,
+            distances(source, target) ** 2,
+        )
+    ]
+    return _unbiased_of(*kernels)
 
 
 def _pytorch_adapt_linear(source, target):
-    with torch.no_grad():
-        scale = -1 / _gram(source, source).median()
-    distances = _of_pairs(source[::2], source[1::2], target[::2], target[1::2])
-    return _linear_of(torch.exp(distances * scale))
+    scale = (torch.cdist(source, source) ** 2).detach().median()
+    (s, s_next), (t, t_next) = ((x[::2], x[1::2]) for x in (source, target))
+
+    def kernel(x, y):
+        return torch.exp(-((x - y) ** 2).sum(1) / scale)
+
+    terms = kernel(s, s_next) + kernel(t, t_next) - kernel(s, t_next)
+    return (terms - kernel(s_next, t)).mean()
 
 
 def _domainbed(source, target):
-    def kernel(distances):
-        total = torch.exp(distances * -0.001)
-        for gamma in (0.01, 0.1, 1, 10, 100, 1000):
-            # Not so far that the numbers are denormal, which are slow.
-            total = total + torch.exp((distances * -gamma).clamp_min(-87.0))
-        return total
+    def kernel(x, y):
+        distances = _gram(x, y)
+        total = torch.zeros_like(distances)
+        for gamma in (0.001, 0.01, 0.1, 1, 10, 100, 1000):
+            total.add_(torch.exp(distances.mul(-gamma)))
+        return total.mean()
 
-    return _biased_of(*map(kernel, _blocks(source, target)))
+    within = kernel(source, source) + kernel(target, target)
+    return within - 2 * kernel(source, target)
 
 
 def _dassl(source, target):
-    def kernel(distances):
-        return sum(torch.exp(distances * (-0.5 / scale**2)) for scale in (1, 5, 10))
+    def kernel(x, y):
+        distances = _gram(x, y)
+        return sum(torch.exp(-distances / (2 * scale**2)) for scale in (1, 5, 10))
 
-    return _unbiased_of(*map(kernel, _blocks(source, target)))
+    return _unbiased_of(
+        kernel(source, source), kernel(target, target), kernel(source, target)
+    )
 
 
 def _joint(source_layers, target_layers):
-    layers = zip(source_layers, target_layers, strict=True)
-    kernels = [_kernels(source, target) for source, target in layers]
-    return _biased_of(*map(torch.mul, *kernels))
+    n = len(source_layers[0])
+    kernel = 1
+    for source, target in zip(source_layers, target_layers, strict=True):
+        kernel = kernel * _all_pairs(source, target)
+    return (kernel[:n, :n] + kernel[n:, n:] - kernel[:n, n:] - kernel[n:, :n]).mean()
 
 
 def _local(source, target, labels, probabilities):
-    with torch.no_grad():
-        classes = probabilities.shape[1]
-        counts = labels.bincount(minlength=classes)
-        likeliest = probabilities.argmax(1).bincount(minlength=classes)
-        both = (counts > 0) & (likeliest > 0)
-        share = (both / counts.clamp_min(1))[labels]
-        other = probabilities * (both / probabilities.sum(0))
-        weights = (
-            (labels[:, None] == labels) * share * share,
-            other @ other.T,
-            other.T[labels] * (-2 * share[:, None]),
-        )
-    kernels = _kernels(source, target)
-    return sum(map(torch.sum, map(torch.mul, weights, kernels))) / both.sum()
+    n, classes = len(source), probabilities.shape[1]
+    own = F.one_hot(labels, classes).float()
+    likeliest = F.one_hot(probabilities.argmax(1), classes).float()
+    both = ((own.sum(0) > 0) & (likeliest.sum(0) > 0)).float()
+    own = own / own.sum(0).clamp_min(1) * both
+    other = probabilities / probabilities.sum(0) * both
+    kernel = _all_pairs(source, target)
+    total = ((own @ own.T) * kernel[:n, :n]).sum()
+    total = total + ((other @ other.T) * kernel[n:, n:]).sum()
+    return (total - 2 * ((own @ other.T) * kernel[:n, n:]).sum()) / both.sum()
 
 
 def _contrastive(source, target, labels, pseudo_labels):
-    of_source, of_target, between = _kernels(source, target)
+    n, kernel = len(source), _all_pairs(source, target)
     own, other = (F.one_hot(x, FEW_CLASSES).float() for x in (labels, pseudo_labels))
     own, other = own / own.sum(0), other / other.sum(0)
-    by_source = (own * (of_source @ own)).sum(0)
-    by_target = (other * (of_target @ other)).sum(0)
-    table = by_source[:, None] + by_target - 2 * own.T @ (between @ other)
+    by_source = (own * (kernel[:n, :n] @ own)).sum(0)
+    by_target = (other * (kernel[n:, n:] @ other)).sum(0)
+    table = by_source[:, None] + by_target - 2 * own.T @ kernel[:n, n:] @ other
     same = table.diagonal().sum()
     return same / FEW_CLASSES - (table.sum() - same) / (FEW_CLASSES * (FEW_CLASSES - 1))
 
 
 def _coral(source, target):
     def covariance(x):
-        centred = x - x.mean(0)
+        centred = x.mean(0, keepdim=True) - x
         return centred.T @ centred / (len(x) - 1)
 
-    difference = F.mse_loss(covariance(source), covariance(target))
-    return difference / 4
+    difference = covariance(source) - covariance(target)
+    return (difference * difference).sum() / (4 * source.shape[1] ** 2)
 
 
 def _mean_coral(source, target):
     def moments(x):
-        mean = x.mean(0)
-        centred = x - mean
-        return mean, centred.T @ centred / (len(x) - 1)
+        mean = x.mean(0, keepdim=True)
+        return mean, (x - mean).t() @ (x - mean) / (len(x) - 1)
 
-    pairs = zip(moments(source), moments(target), strict=True)
-    return sum(F.mse_loss(of_source, of_target) for of_source, of_target in pairs)
+    (mean, covariance), (other_mean, other_covariance) = (
+        moments(source),
+        moments(target),
+    )
+    by_mean = (mean - other_mean).pow(2).mean()
+    return by_mean + (covariance - other_covariance).pow(2).mean()
 
 
 def _log_coral(source, target, epsilon=1e-5):
     def logarithm(x):
         centred = x - x.mean(0)
         values, vectors = torch.linalg.eigh(centred.T @ centred / (len(x) - 1))
-        return (vectors * torch.log(values + epsilon)) @ vectors.T
+        return vectors @ torch.diag(torch.log(values + epsilon)) @ vectors.T
 
-    return F.mse_loss(logarithm(source), logarithm(target)) / 4
+    difference = logarithm(source) - logarithm(target)
+    return difference.pow(2).sum() / (4 * source.shape[1] ** 2)
 
 
 def _central_moments(source, target, moments=5):
     means = source.mean(0), target.mean(0)
     s, t = source - means[0], target - means[1]
-    total, powers = (means[0] - means[1]).norm(), (s, t)
-    for _ in range(2, moments + 1):
-        powers = powers[0] * s, powers[1] * t
-        total = total + (powers[0].mean(0) - powers[1].mean(0)).norm()
+    total = (means[0] - means[1]).norm()
+    for power in range(2, moments + 1):
+        total = total + ((s**power).mean(0) - (t**power).mean(0)).norm()
     return total
 
 
 def _sliced(source, target, directions):
-    lines, others = (torch.sort(directions @ x.T, 1)[0] for x in (source, target))
-    return F.mse_loss(lines, others)
-
-
-def _plan(costs, epsilon, threshold=1e-3, limit=2000):
-    """Sinkhorn's plan between uniform weights, and its logarithm.
-
-    The scalings are taken into the kernel after ten steps, the first one is of logs.
-    """
-    n, m = costs.shape
-    logs = costs / -epsilon
-    logs = logs - torch.logsumexp(logs, 1, keepdim=True) - np.log(n)
-    logs = logs - torch.logsumexp(logs, 0) - np.log(m)
-    for _ in range(0, limit, 10):
-        kernel, v = logs.exp(), logs.new_ones(m)
-        for _ in range(10):
-            u = 1 / (n * (kernel @ v))
-            v = 1 / (m * (u @ kernel))
-        logs = logs + u.log()[:, None] + v.log()
-        if (u * (kernel @ v) - 1 / n).abs().sum() < threshold:
-            break
-    return logs.exp(), logs
+    lines, others = (torch.sort(x @ directions.T, 0)[0] for x in (source, target))
+    return ((lines - others) ** 2).mean()
 
 
 def _critic(critic, rows):
@@ -309,45 +294,63 @@ def _library_penalty(critic, source, target):
     return losses.gradient_penalty(source, target, outputs, key=jax.random.key(0))
 
 
+def _sinkhorn(costs, epsilon, threshold=1e-3, limit=2000):
+    """Log-domain Sinkhorn between uniform weights: dual potentials."""
+    n, m = costs.shape
+    u, v = np.log(1 / n), np.log(1 / m)
+    f, g = costs.new_zeros(n), costs.new_zeros(m)
+    for step in range(limit):
+        f = epsilon * (u - torch.logsumexp((g - costs) / epsilon, 1))
+        g = epsilon * (v - torch.logsumexp((f[:, None] - costs) / epsilon, 0))
+        if step % 10 == 9:
+            rows = torch.exp((f[:, None] + g - costs) / epsilon).sum(1)
+            if (rows - 1 / n).abs().sum() < threshold:
+                break
+    return f, g
+
+
 def _strength(costs):
     return 0.05 * costs.std(correction=0)
 
 
 def _sinkhorn_divergence(source, target):
-    own, other, between = _blocks(source, target)
-    epsilon = _strength(between.detach())
-
-    def value(costs):
+    costs = [
+        _gram(x, y) for x, y in ((source, target), (source, source), (target, target))
+    ]
+    epsilon = _strength(costs[0].detach())
+    values = []
+    for cost in costs:
+        n, m = cost.shape
         with torch.no_grad():
-            plan, logs = _plan(costs, epsilon)
-            entropy = (plan * (logs + np.log(costs.numel()))).sum()
-        return (plan * costs).sum() + epsilon * entropy
-
-    return value(between) - 0.5 * (value(own) + value(other))
+            f, g = _sinkhorn(cost, epsilon)
+        plan = torch.exp((f[:, None] + g - cost.detach()) / epsilon)
+        entropy = (plan * (torch.log(plan.clamp_min(1e-38)) + np.log(n * m))).sum()
+        values.append((plan * cost).sum() + epsilon * entropy)
+    return values[0] - 0.5 * (values[1] + values[2])
 
 
 def _deep_joint(source, target, labels, logits, alpha=0.001, beta=0.0001):
     cost = alpha * _gram(source, target)
     cost = cost - beta * F.log_softmax(logits, 1)[:, labels].T
     with torch.no_grad():
-        plan, _ = _plan(cost, _strength(cost))
+        epsilon = _strength(cost)
+        f, g = _sinkhorn(cost, epsilon)
+        plan = torch.exp((f[:, None] + g - cost) / epsilon)
     return (plan * cost).sum()
 
 
 def _permutations(source, target, count=1000):
-    n, rows = len(source), torch.cat([source, target])
-    kernel = _several(_own(rows), _mean_distance(source, target))
+    n, kernel = len(source), _all_pairs(source, target)
 
     def value(signed):
         return ((signed @ kernel) * signed).sum(1)
 
-    signs = kernel.new_full((len(rows),), 1 / n)
-    signs[n:] *= -1
-    observed = value(signs[None])[0]
+    signed = kernel.new_full((1, len(kernel)), 1 / n)
+    signed[:, n:] *= -1
+    observed = value(signed)[0]
     with torch.no_grad():
-        draws = torch.rand(count, len(rows), device=rows.device)
-        first = draws <= draws.kthvalue(n, 1, keepdim=True)[0]
-        rarer = (value((2 * first - 1.0) / n) >= observed).sum()
+        orders = torch.rand(count, len(kernel), device=kernel.device).argsort(1)
+        rarer = (value(signed[0][orders]) >= observed).sum()
     return observed + (1 + rarer) / (1 + count)
 
 

@@ -28,39 +28,28 @@ NETWORK = {
 SURE_LOGITS = np.float32(3.0) * TEACHER_LOGITS
 
 
-def _entropy(p):
+def _entropy(logits):
+    p = F.softmax(logits, 1)
     return -(p * torch.log(p + 1e-5)).sum(1)
 
 
-def _diversity(p):
-    mean = p.mean(0)
+def _diversity(logits):
+    mean = F.softmax(logits, 1).mean(0)
     return (mean * torch.log(mean + 1e-5)).sum()
-
-
-def _exact_entropy(logits):
-    log_p = F.log_softmax(logits, 1)
-    return -(log_p.exp() * log_p).sum() / len(logits)
-
-
-def _maximization(logits):
-    p = F.softmax(logits, 1)
-    return _entropy(p).mean() + _diversity(p)
 
 
 def _confusion(logits, temperature=2.5):
     n, classes = logits.shape
     p = F.softmax(logits / temperature, 1)
-    with torch.no_grad():
-        weights = 1 + torch.exp(-_entropy(p))
-        weights = (n * weights / weights.sum()).unsqueeze(1)
-    confusion = (p * weights).T @ p
-    own = (confusion.diagonal() / confusion.sum(1)).sum()
-    return 1 - own / classes
+    weights = 1 + torch.exp(-_entropy(p.log())).detach()
+    weights = (n * weights / weights.sum()).unsqueeze(1)
+    confusion = torch.mm((p * weights).transpose(1, 0), p)
+    confusion = confusion / confusion.sum(1, keepdim=True)
+    return (confusion.sum() - confusion.trace()) / classes
 
 
 def _nuclear(logits):
-    # LAPACK is quicker with a tall matrix.
-    return -torch.linalg.svdvals(F.softmax(logits, 1).T).sum() / len(logits)
+    return -torch.norm(F.softmax(logits, 1), "nuc") / len(logits)
 
 
 def _feature_norm(features, step=1.0):
@@ -69,7 +58,9 @@ def _feature_norm(features, step=1.0):
 
 
 def _penalization(source, target):
-    return sum(torch.linalg.eigvalsh(x @ x.T)[-1] for x in (source, target))
+    _, of_source, _ = torch.svd(source)
+    _, of_target, _ = torch.svd(target)
+    return of_source[0] ** 2 + of_target[0] ** 2
 
 
 def _wasserstein(source, target):
@@ -92,13 +83,12 @@ def _unit(rows):
 
 def _virtual(network, inputs, radius=1.0, probe=1e-2):
     with torch.no_grad():
-        log_p = F.log_softmax(_network(network, inputs), 1)
-        p = log_p.exp()
+        p = F.softmax(_network(network, inputs), 1)
     change = _unit(torch.randn_like(inputs)).requires_grad_()
     moved = F.log_softmax(_network(network, inputs + probe * change), 1)
-    (slope,) = torch.autograd.grad(-(p * moved).sum(), change)
+    (slope,) = torch.autograd.grad(F.kl_div(moved, p, reduction="sum"), change)
     moved = F.log_softmax(_network(network, inputs + radius * _unit(slope)), 1)
-    return F.kl_div(moved, log_p, reduction="batchmean", log_target=True)
+    return F.kl_div(moved, p, reduction="batchmean")
 
 
 def _library_virtual(network, inputs):
@@ -111,13 +101,16 @@ def _library_virtual(network, inputs):
 def _centroid(features, logits, rounds=1):
     with torch.no_grad():
         p = F.softmax(logits, 1)
-        extended = F.normalize(F.pad(features, (0, 1), value=1.0), dim=1)
-        centroids, labels = p.T @ extended, p.argmax(1)
+        extended = torch.cat([features, features.new_ones(len(features), 1)], 1)
+        extended = F.normalize(extended, dim=1)
+        hard = torch.eye(logits.shape[1], device=logits.device)
+        weights, found = p, hard[p.argmax(1)]
         for _ in range(rounds + 1):
+            centroids = weights.T @ extended
             cosines = extended @ F.normalize(centroids, dim=1).T
-            empty = labels.bincount(minlength=len(centroids)) == 0
-            labels = cosines.masked_fill_(empty, -torch.inf).argmax(1)
-            centroids = torch.zeros_like(centroids).index_add_(0, labels, extended)
+            cosines[:, found.sum(0) == 0] = -torch.inf
+            labels = cosines.argmax(1)
+            weights = found = hard[labels]
     return F.cross_entropy(logits, labels)
 
 
@@ -129,27 +122,21 @@ def _library_centroid(features, logits):
 ROWS: Rows = {
     "entropy": Row(
         lambda logits: losses.mean(losses.entropy(logits)),
-        lambda logits: _entropy(F.softmax(logits, 1)).mean(),
+        lambda logits: _entropy(logits).mean(),
         LOGITS,
         of="TLlib",
         rtol=0.01,
     ),
     "entropy, log_softmax": Row(
         lambda logits: losses.mean(losses.entropy(logits)),
-        _exact_entropy,
+        lambda logits: -(F.softmax(logits, 1) * F.log_softmax(logits, 1)).sum(1).mean(),
         LOGITS,
         of="TENT",
     ),
-    "diversity": Row(
-        losses.diversity,
-        lambda logits: _diversity(F.softmax(logits, 1)),
-        LOGITS,
-        of="SHOT",
-        rtol=0.01,
-    ),
+    "diversity": Row(losses.diversity, _diversity, LOGITS, of="SHOT", rtol=0.01),
     "information_maximization": Row(
         losses.information_maximization,
-        _maximization,
+        lambda logits: _entropy(logits).mean() + _diversity(logits),
         LOGITS,
         of="SHOT",
         rtol=0.01,

@@ -1,7 +1,5 @@
 """Distillation of logits."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -25,11 +23,6 @@ LABELLED = (*PAIR, LABELS)
 SEVERAL = normal(3, BATCH, CLASSES, seed=7, scale=3.0)
 
 
-def _divergence(log_student, log_teacher):
-    """Quicker than with the teacher's probabilities."""
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-
-
 def _stored(k=64):
     """What `cached_knowledge_distillation` reads: log-probabilities and classes."""
     kept, indices = torch.from_numpy(TEACHER_LOGITS).log_softmax(1).topk(k, 1)
@@ -42,82 +35,90 @@ def _mean(loss, **options):
 
 def _distillation(student, teacher, temperature=4.0):
     log_student = F.log_softmax(student / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher / temperature, dim=1)
-    return _divergence(log_student, log_teacher) * temperature**2
+    soft = F.softmax(teacher / temperature, dim=1)
+    return F.kl_div(log_student, soft, reduction="batchmean") * temperature**2
 
 
 def _reverse(student, teacher, temperature=4.0):
-    return _distillation(teacher, student, temperature)
+    log_s = F.log_softmax(student / temperature, dim=1)
+    log_t = F.log_softmax(teacher / temperature, dim=1)
+    losses = F.kl_div(log_t, log_s, reduction="batchmean", log_target=True)
+    return losses * temperature**2
 
 
 def _jensen_shannon(student, teacher, temperature=4.0, beta=0.5):
     log_s = F.log_softmax(student / temperature, dim=1)
     log_t = F.log_softmax(teacher / temperature, dim=1)
-    s, t = log_s.exp(), log_t.exp()
-    mixed = torch.log((1 - beta) * s + beta * t)
-    divergence = beta * t * (log_t - mixed) + (1 - beta) * s * (log_s - mixed)
-    return temperature**2 * divergence.sum() / len(student)
+    mixed = torch.logsumexp(
+        torch.stack(
+            [log_s + torch.tensor(1 - beta).log(), log_t + torch.tensor(beta).log()]
+        ),
+        dim=0,
+    )
+    to_teacher = F.kl_div(mixed, log_t, reduction="batchmean", log_target=True)
+    to_student = F.kl_div(mixed, log_s, reduction="batchmean", log_target=True)
+    return temperature**2 * (beta * to_teacher + (1 - beta) * to_student)
 
 
 def _centred(student, teacher):
-    return (student - teacher).var(1, correction=0).mean()
+    def centre(z):
+        return z - z.mean(1, keepdim=True)
+
+    return F.mse_loss(centre(student), centre(teacher))
 
 
-def _parts(student, teacher, labels, temperature):
-    """The divergences of DKD, of target and not and of the others, by example."""
-    index = labels[:, None]
-    log_s = F.log_softmax(student / temperature, 1)
-    log_t = F.log_softmax(teacher / temperature, 1)
-    own_s, own_t = log_s.gather(1, index), log_t.gather(1, index)
-    rest_s, rest_t = (torch.log(-torch.expm1(own)) for own in (own_s, own_t))
-    own, rest = own_t.exp() * (own_t - own_s), rest_t - rest_s
-    target = own + rest_t.exp() * rest
-    total = (log_t.exp() * (log_t - log_s)).sum(1, keepdim=True)
-    return target, (total - own) / rest_t.exp() - rest
+def _is_label(student, labels):
+    return torch.zeros_like(student).scatter_(1, labels[:, None], 1).bool()
 
 
 def _target(student, teacher, labels, temperature=4.0):
-    def two(logits):
-        own = -F.cross_entropy(logits / temperature, labels, reduction="none")
-        return torch.stack([own, torch.log(-torch.expm1(own))], 1)
+    target = _is_label(student, labels)
 
-    return temperature**2 * _divergence(two(student), two(teacher))
+    def two(logits):
+        soft = F.softmax(logits / temperature, 1)
+        return torch.stack([(soft * target).sum(1), (soft * ~target).sum(1)], 1)
+
+    binary = F.kl_div(two(student).log(), two(teacher), reduction="sum")
+    return temperature**2 / len(labels) * binary
 
 
 def _nontarget(student, teacher, labels, temperature=4.0):
-    return temperature**2 * _parts(student, teacher, labels, temperature)[1].mean()
+    target = _is_label(student, labels)
+    others_t = F.softmax(teacher / temperature - 1000.0 * target, 1)
+    others_s = F.log_softmax(student / temperature - 1000.0 * target, 1)
+    others = F.kl_div(others_s, others_t, reduction="sum")
+    return temperature**2 / len(labels) * others
 
 
-def _decoupled(student, teacher, labels, alpha=1.0, beta=8.0, temperature=4.0):
-    target, others = _parts(student, teacher, labels, temperature)
-    return temperature**2 * (alpha * target + beta * others).mean()
+def _decoupled(student, teacher, labels, alpha=1.0, beta=8.0):
+    arrays = student, teacher, labels
+    return alpha * _target(*arrays) + beta * _nontarget(*arrays)
 
 
-def _pearson(student, teacher, dim):
-    teacher = teacher - teacher.mean(dim, keepdim=True)
-    teacher = teacher / teacher.norm(dim=dim, keepdim=True)
-    scale = student.shape[dim] ** 0.5 * student.std(dim, correction=0) + 1e-8
-    return ((student * teacher).sum(dim) / scale).mean()
+def _pearson(a, b):
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()
 
 
 def _stronger(student, teacher):
     s, t = F.softmax(student, 1), F.softmax(teacher, 1)
-    return 2 - _pearson(s, t, 1) - _pearson(s, t, 0)
+    return (1 - _pearson(s, t)) + (1 - _pearson(s.T, t.T))
 
 
 def _normalized(student, teacher, labels, gamma=1.5):
-    log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
+    log_s, soft_t = F.log_softmax(student, 1), F.softmax(teacher, 1)
     index = labels[:, None]
-    own = -(log_t.gather(1, index).exp() * log_s.gather(1, index)).mean()
-    others_s = F.log_softmax(student.scatter(1, index, -1e9), 1)
-    others_t = F.softmax(teacher.scatter(1, index, -1e9), 1)
-    return own - gamma * (others_t * others_s).sum() / len(labels)
+    own = -(soft_t.gather(1, index) * log_s.gather(1, index)).mean()
+    rest = torch.ones_like(student).scatter_(1, index, 0).bool()
+    classes = student.shape[1] - 1
+    others_s = F.log_softmax(student[rest].reshape(-1, classes), 1)
+    others_t = F.softmax(teacher[rest].reshape(-1, classes), 1)
+    return own - gamma * (others_t * others_s).sum(1).mean()
 
 
 def _standardized(student, teacher):
     def standard(z):
-        std, mean = torch.std_mean(z, 1, keepdim=True)
-        return (z - mean) / (1e-7 + std)
+        return (z - z.mean(1, keepdim=True)) / (1e-7 + z.std(1, keepdim=True))
 
     return _distillation(standard(student), standard(teacher), 2.0)
 
@@ -133,58 +134,47 @@ def _top_k(student, teacher, k=16):
 
 
 def _weighted(student, teacher, labels, tau=2.0):
-    with torch.no_grad():
-        focal = F.cross_entropy(student, labels, reduction="none") / F.cross_entropy(
-            teacher, labels, reduction="none"
-        )
-        weights = tau**2 * (1 - torch.exp(-focal)) / len(labels)
-        soft = F.softmax(teacher / tau, 1) * weights[:, None]
-    return -(soft * F.log_softmax(student / tau, 1)).sum()
+    focal = F.cross_entropy(student, labels, reduction="none") / F.cross_entropy(
+        teacher, labels, reduction="none"
+    )
+    soft = -(F.softmax(teacher / tau, 1) * F.log_softmax(student / tau, 1)).sum(1)
+    return tau**2 * ((1 - torch.exp(-focal.detach())) * soft).mean()
 
 
 def _cached(student, log_t, index):
     log_t, ours = log_t.log_softmax(1), student.gather(1, index).log_softmax(1)
-    return _divergence(ours, log_t)
+    return F.kl_div(ours, log_t, reduction="batchmean", log_target=True)
 
 
 def _virtual(student, labels, a=0.99, temperature=20.0):
-    # Its soft teacher is a smoothed label.
     classes = student.shape[1]
-    rest = (1 - a) / (classes - 1)
-    own = math.exp((a - rest) / temperature)
-    low = 1 / (own + classes - 1)
-    entropy = own * low * math.log(own * low) + (classes - 1) * low * math.log(low)
-    return entropy + F.cross_entropy(student, labels, label_smoothing=classes * low)
+    teacher = torch.full_like(student, (1 - a) / (classes - 1))
+    teacher.scatter_(1, labels[:, None], a)
+    soft = F.softmax(teacher / temperature, dim=1)
+    return F.kl_div(F.log_softmax(student, dim=1), soft, reduction="batchmean")
 
 
 def _of_probabilities(student, teachers, temperature=4.0):
-    log_soft = F.softmax(teachers / temperature, dim=-1).mean(0).log()
+    soft = F.softmax(teachers / temperature, dim=-1).mean(0)
     log_student = F.log_softmax(student / temperature, dim=1)
-    return _divergence(log_student, log_soft) * temperature**2
+    return F.kl_div(log_student, soft, reduction="batchmean") * temperature**2
 
 
 def _of_logits(student, teachers):
     return _distillation(student, teachers.mean(0))
 
 
-def _of_divergences(student, teachers, temperature=4.0):
-    log_student = F.log_softmax(student / temperature, dim=1)
-    log_teachers = F.log_softmax(teachers / temperature, dim=-1)
-    soft = log_teachers.exp()
-    cross = (soft.mean(0) * log_student).sum()
-    divergence = (soft * log_teachers).sum() / len(teachers) - cross
-    return divergence * temperature**2 / len(student)
+def _of_divergences(student, teachers):
+    return sum(_distillation(student, t) for t in teachers) / len(teachers)
 
 
 def _mutual(cohort):
-    # Of all pairs: what a network's peers say is the sum less its own.
-    log_p = F.log_softmax(cohort, -1)
-    with torch.no_grad():
-        p = log_p.exp()
-        negentropy = (p * log_p).sum()
-        peers = p.sum(0) - p
-    count = (len(cohort) - 1) * len(cohort) * cohort.shape[1]
-    return ((len(cohort) - 1) * negentropy - (peers * log_p).sum()) / count
+    total = 0.0
+    for i, student in enumerate(cohort):
+        for j, peer in enumerate(cohort):
+            if i != j:
+                total = total + _distillation(student, peer.detach(), 1.0)
+    return total / (len(cohort) - 1) / len(cohort)
 
 
 def _dynamic(student, teacher, base=4.0, beta=1.0):
@@ -192,10 +182,10 @@ def _dynamic(student, teacher, base=4.0, beta=1.0):
         weights = 1 - F.cosine_similarity(student, teacher, dim=1)
         temperature = (base + beta * (weights.mean() - weights)).clamp(min=1.0)
         temperature = temperature[:, None]
-        log_teacher = F.log_softmax(teacher / temperature, dim=1)
-        soft = log_teacher.exp() * temperature**2 / len(student)
     log_student = F.log_softmax(student / temperature, dim=1)
-    return (soft * (log_teacher - log_student)).sum()
+    soft = F.softmax(teacher / temperature, dim=1)
+    losses = F.kl_div(log_student, soft, reduction="none").sum(1)
+    return (losses * temperature[:, 0] ** 2).mean()
 
 
 def _dynamic_in_jax(student, teacher):

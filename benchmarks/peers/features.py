@@ -15,33 +15,32 @@ def _mean(loss, **options):
 
 
 def _variational(student, teacher, params):
-    variances = F.softplus(params) + 1e-5
-    squares = F.mse_loss(student, teacher, reduction="none").mean((0, 2, 3))
-    return 0.5 * (squares / variances + torch.log(variances)).mean()
+    variances = torch.log(1.0 + torch.exp(params)) + 1e-5
+    variances = variances.view(1, -1, 1, 1)
+    return (0.5 * ((student - teacher) ** 2 / variances + torch.log(variances))).mean()
 
 
 def _boundary(student, teacher, margin=1.0):
-    signs = torch.where(teacher > 0, -1.0, 1.0)
-    return F.relu(signs * student + margin).square().sum() / len(student)
+    off = (student + margin) ** 2 * ((student > -margin) & (teacher <= 0)).float()
+    on = (student - margin) ** 2 * ((student <= margin) & (teacher > 0)).float()
+    return (off + on).sum() / len(student)
 
 
 def _overhaul(student, teacher, margins):
-    with torch.no_grad():
-        teacher = torch.max(teacher, margins.view(1, -1, 1, 1))
-        counts = (student > teacher) | (teacher > 0)
-    student = torch.where(counts, student, teacher)
-    return F.mse_loss(student, teacher, reduction="sum") / len(student)
+    teacher = torch.max(teacher, margins.view(1, -1, 1, 1))
+    terms = F.mse_loss(student, teacher, reduction="none")
+    terms = terms * ((student > teacher) | (teacher > 0)).float()
+    return terms.sum() / len(student)
 
 
 def _context(student, teacher):
-    # Pooling is linear: the difference is pooled, and every level from the one before.
-    difference = student - teacher
-    total, weights, weight = difference.square().mean(), 1.0, 1.0
+    total, weights, weight = F.mse_loss(student, teacher), 1.0, 1.0
     for level in (4, 2, 1):
         if level < student.shape[2]:
             weight /= 2.0
-            difference = F.avg_pool2d(difference, difference.shape[2] // level)
-            total = total + weight * difference.square().mean()
+            ours = F.adaptive_avg_pool2d(student, level)
+            theirs = F.adaptive_avg_pool2d(teacher, level)
+            total = total + weight * F.mse_loss(ours, theirs)
             weights += weight
     return total / weights
 
@@ -50,12 +49,12 @@ def _generated(student, teacher, weight=7e-5):
     return weight * F.mse_loss(student, teacher, reduction="sum") / len(student)
 
 
-def _attention(maps):
-    return F.normalize((maps * maps).sum(1).flatten(1))
+def _attention(maps, power=2):
+    return F.normalize(maps.pow(power).mean(1).flatten(1))
 
 
 def _attention_transfer(student, teacher):
-    return F.mse_loss(_attention(student), _attention(teacher))
+    return (_attention(student) - _attention(teacher)).pow(2).mean()
 
 
 def _attention_transfer_of_paper(student, teacher):
@@ -67,20 +66,26 @@ def _factors(student, teacher):
 
 
 def _factors_of_attention(student, teacher):
-    return F.l1_loss(_attention(student), _attention(teacher))
+    return (_attention(student) - _attention(teacher)).abs().mean()
 
 
 def _channels(student, teacher, temperature=4.0):
-    log_s, log_t = (
-        F.log_softmax(m.flatten(2) / temperature, dim=2) for m in (student, teacher)
+    batch, channels = student.shape[:2]
+    student, teacher = (
+        m.reshape(batch * channels, -1) / temperature for m in (student, teacher)
     )
-    divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
-    return temperature**2 * divergence / (student.shape[0] * student.shape[1])
+    log_t, log_s = F.log_softmax(teacher, dim=1), F.log_softmax(student, dim=1)
+    divergence = torch.sum(F.softmax(teacher, dim=1) * (log_t - log_s))
+    return temperature**2 * divergence / (batch * channels)
 
 
 def _pearson(student, teacher):
     def standard(maps):
-        return F.batch_norm(maps, None, None, training=True, eps=1e-12)
+        batch, channels, height, width = maps.shape
+        rows = maps.permute(1, 0, 2, 3).reshape(channels, -1)
+        rows = rows - rows.mean(-1, keepdim=True)
+        rows = rows / (rows.std(-1, keepdim=True) + 1e-6)
+        return rows.reshape(channels, batch, height, width).permute(1, 0, 2, 3)
 
     return F.mse_loss(standard(student), standard(teacher)) / 2
 
