@@ -29,7 +29,8 @@ def set_mode(module: Any, train: bool) -> None:
     """Set the attributes of a module, True or False, that say whether it trains."""
     for names, value in (_ON_IN_TRAINING, train), (_OFF_IN_TRAINING, not train):
         for name in names:
-            if isinstance(getattr(module, name, None), bool):
+            computed = isinstance(getattr(type(module), name, None), property)
+            if not computed and isinstance(getattr(module, name, None), bool):
                 setattr(module, name, value)
 
 
