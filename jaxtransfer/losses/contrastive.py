@@ -171,7 +171,7 @@ def contrastive_representation_distillation(
     memory: ContrastiveMemory,
     *,
     temperature: float | Float[AnyArray, ""] = 0.07,
-    epsilon: float = 0.0,
+    epsilon: float | Float[AnyArray, ""] = 0.0,
     normalize: bool = True,
     where: Bool[AnyArray, " batch"] | None = None,
 ) -> Float[Array, " batch"]:

@@ -93,7 +93,7 @@ def variational_information_distillation(
     teacher_maps: Float[AnyArray, "batch *positions channels"],
     variance_params: Float[AnyArray, " channels"],
     *,
-    least_variance: float = 1e-5,
+    least_variance: float | Float[AnyArray, ""] = 1e-5,
     where: Bool[AnyArray, " batch"] | None = None,
 ) -> Float[Array, " batch"]:
     """Variational information distillation (VID): Gaussian likelihood of the teacher.

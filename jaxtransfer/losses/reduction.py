@@ -45,7 +45,7 @@ def mean(
 def widen(values: AnyArray) -> Array:
     """The values in float32, or wider if they already are: sums lose nothing."""
     values = jnp.asarray(values)
-    return values.astype(common_dtype(values, jnp.float32))
+    return values.astype(common_dtype(values.dtype, jnp.float32))
 
 
 def integers(values: AnyArray) -> Array:

@@ -74,9 +74,12 @@ def mean_prediction(logits, weights) -> Array:
 def kl_divergence(log_p, log_q) -> Array:
     """``sum_c p_c (log p_c - log q_c)``; classes of probability 0 under p add 0."""
     p = jnp.exp(log_p)
-    # A class that both lack would be inf - inf.
-    log_p, log_q = (jnp.where(p > 0, log, 0.0) for log in (log_p, log_q))
-    return jnp.sum(p * (log_p - log_q), axis=-1)
+    return jnp.sum(p * jnp.where(p > 0, _difference(log_p, log_q), 0.0), axis=-1)
+
+
+def _difference(log_p, log_q):
+    """Of logarithms, and no inf - inf for a class that both lack."""
+    return jnp.maximum(log_p, jnp.finfo(log_p.dtype).min) - log_q
 
 
 def softmax_divergence(taught, logits, axis=-1) -> Array:
@@ -119,9 +122,7 @@ def _expectation(taught, logits, where, axis, relative):
     if where is not None:
         counted_p = jnp.where(where, powers_p, 0.0)
         share = jnp.sum(counted_p, axis, keepdims=True) / sum_p
-    # A class that both lack would be inf - inf.
-    p, q = (jnp.where(counted_p > 0, z, 0.0) for z in (p, q))
-    apart = p - q if relative else -q
+    apart = jnp.where(counted_p > 0, _difference(p, q) if relative else -q, 0.0)
     value = jnp.sum(counted_p * apart, axis, keepdims=True) / sum_p + share * offset
 
     def by_logits():

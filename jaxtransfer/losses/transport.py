@@ -165,7 +165,7 @@ def sinkhorn_divergence(
     target, target_weights = weighted_rows("target", target, target_where, 1)
     check_widths(source, target)
     enough, u, v = _marginals(source_weights, target_weights)
-    one_type = common_dtype(source, target)  # ott-jax takes no two
+    one_type = common_dtype(source.dtype, target.dtype)  # ott-jax takes no two
     source, target, u, v = (x.astype(one_type) for x in (source, target, u, v))
     costs = (
         squared_distances(source, target),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxtransfer import losses
@@ -246,7 +247,7 @@ def logistic_regression(
             f"labels: got shape {jnp.shape(labels)} for features of {len(features)} "
             "rows; give one for each row"
         )
-    if not isinstance(l2, jax.core.Tracer) and not np.all(np.asarray(l2) >= 0):
+    if not isinstance(l2, Tracer) and not np.all(np.asarray(l2) >= 0):
         raise ValueError(
             f"l2: got {l2}, needs 0 or more; a negative one has no minimum"
         )
@@ -258,18 +259,18 @@ def logistic_regression(
 
 @functools.partial(jax.jit, static_argnames=("classes", "iterations"))
 def _fit_probe(features, labels, classes, l2, iterations, rows):
-    dtype = common_dtype(features, jnp.float32)
-    weight = (rows / jnp.maximum(rows.sum(), 1)).astype(dtype)
+    dtype = common_dtype(features.dtype, jnp.float32)
+    weight = rows.astype(dtype) / jnp.maximum(jnp.sum(rows, dtype=dtype), 1)
     features = jnp.where(rows[:, None], features.astype(dtype), 0)
     centre = product(weight, features)
-    deviation = jnp.sqrt(product(weight, (features - centre) ** 2))
+    deviation = jnp.sqrt(product(weight, (features - centre[None]) ** 2))
     # What is constant but for rounding is left as it is.
     constant = deviation <= 16 * jnp.finfo(dtype).eps * jnp.abs(centre)
     scale = jnp.where(constant, 1.0, deviation)
-    inputs = (features - centre) / scale
+    inputs = (features - centre[None]) / scale[None]
 
     def value(params: dict[str, jax.Array]) -> jax.Array:
-        logits = product(inputs, params["kernel"]) + params["bias"]
+        logits = product(inputs, params["kernel"]) + params["bias"][None]
         data = jnp.sum(weight * losses.cross_entropy(logits, labels))
         return data + l2 / 2 * jnp.sum(params["kernel"] ** 2)
 

@@ -35,6 +35,8 @@ class Context(nn.Module):
         channels = inputs.shape[-1]
         scale = nn.Dense(channels, name="scale")(context)
         shift = nn.Dense(channels, name="shift")(context)
+        every = tuple(range(inputs.ndim - 1))
+        scale, shift = (jnp.expand_dims(one, every) for one in (scale, shift))
         return inputs * (1 + scale) + shift
 
 

@@ -44,7 +44,7 @@ class TaskNorm(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Normalise ``[batch, height, width, channels]``."""
         channels = inputs.shape[-1]
-        dtype = common_dtype(inputs, jnp.float32)
+        dtype = common_dtype(inputs.dtype, jnp.float32)
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         var = self.variable("batch_stats", "var", jnp.ones, (channels,))

@@ -125,7 +125,7 @@ class _DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """One more token of every row: x ``[rows, width]``."""
         normed = self.norm1(x)[:, None]
-        places = jnp.arange(cache[0].shape[1])
+        places = jnp.arange(cache[0].shape[1])[None]
         here = (places == position[:, None])[..., None, None]
         cache = jax.tree.map(
             lambda old, new: jnp.where(here, new, old),
@@ -203,7 +203,8 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens: AnyArray, train: bool) -> jax.Array:
         x = self.embedding(tokens) * self.width**0.5
-        return self.drop(x + sinusoids(tokens.shape[-1], self.width), not train)
+        places = sinusoids(tokens.shape[-1], self.width)[None]
+        return self.drop(x + places, not train)
 
     def encode(
         self, source: Int[AnyArray, "batch source"], train: bool = False

@@ -123,7 +123,7 @@ def _split(batch, chunk_size):
 
 
 def _zeros(leaf):
-    return jnp.zeros_like(leaf, dtype=common_dtype(leaf, jnp.float32))
+    return jnp.zeros_like(leaf, dtype=common_dtype(leaf.dtype, jnp.float32))
 
 
 def _added(total, leaf):

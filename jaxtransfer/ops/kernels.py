@@ -141,7 +141,7 @@ def _distances(x, y, products):
 
 
 def _widen(x):
-    return x.astype(common_dtype(x, jnp.float32))
+    return x.astype(common_dtype(x.dtype, jnp.float32))
 
 
 def _check_rows(name, x):

@@ -75,7 +75,7 @@ def kth_smallest(
         >>> float(kth_smallest(jnp.array([3.0, -jnp.inf, 0.5]), 1))
         0.5
     """
-    values = jax.lax.stop_gradient(values)
+    values, k = jax.lax.stop_gradient(values), jnp.asarray(k)
     keys = _integers(values)
     width = 8 * keys.dtype.itemsize
     least = jnp.iinfo(keys.dtype).min
@@ -85,7 +85,7 @@ def kth_smallest(
         # the sign bit, first, is flipped: negative integers are the smaller ones.
         bit = jnp.left_shift(jnp.ones((), keys.dtype), width - 1 - i)
         raised = jnp.where(i == 0, jnp.zeros((), keys.dtype), found + bit)
-        below = jnp.sum(keys < raised[..., None], axis=-1)
+        below = jnp.sum(keys < raised[..., None], axis=-1, dtype=k.dtype)
         return jnp.where(below <= k, raised, found)
 
     found = jnp.full(values.shape[:-1], least, keys.dtype)

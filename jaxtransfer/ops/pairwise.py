@@ -76,7 +76,7 @@ def gaussian_kernel_sum(
         )
     if tile is not None and tile < 1:
         raise ValueError(f"tile must be positive, got {tile}.")
-    dtype = common_dtype(x, y, jnp.float32)
+    dtype = common_dtype(x.dtype, y.dtype, jnp.float32)
     bandwidths = jnp.atleast_1d(jnp.asarray(bandwidths, dtype))
     x, y = x.astype(dtype), y.astype(dtype)
     given = (
@@ -130,9 +130,9 @@ def _sum(tile, axis_name, *arrays):
 
 @_sum.defjvp
 def _sum_jvp(tile, axis_name, arrays, tangents):
-    value, gradients = _pass(tile, axis_name, True, *arrays)
-    moved = zip(gradients, tangents[:2], strict=True)
-    return value, sum(jnp.sum(gradient * tangent) for gradient, tangent in moved)
+    passed: Any = _pass(tile, axis_name, True, *arrays)
+    value, (of_x, of_y) = passed
+    return value, jnp.sum(of_x * tangents[0]) + jnp.sum(of_y * tangents[1])
 
 
 def _pass(tile, axis_name, with_slopes, x, y, shift, u, v, coefficients, *kernel):
@@ -178,7 +178,7 @@ def _pass(tile, axis_name, with_slopes, x, y, shift, u, v, coefficients, *kernel
     slopes = jnp.zeros((len(weights), x.shape[1] + 1) if with_slopes else (), x.dtype)
     carry = zeros, zeros, slopes
     for of_one in (True, False):
-        order = _tiles(of_x, of_y, of_one, axis_name)
+        order = _tiles(of_x, of_y, of_one, axis_name, x.dtype)
         carry = vary(carry, varying_axes((x, order)))
         carry, _ = jax.lax.scan(functools.partial(step, of_one=of_one), carry, order)
     totals, lost, slopes = carry
@@ -263,7 +263,7 @@ def _padded(array, least):
     return jnp.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1))
 
 
-def _tiles(of_x, of_y, of_one, axis_name):
+def _tiles(of_x, of_y, of_one, axis_name, dtype):
     """Which pairs of tiles there are: (p, q, kind, live), this device's share.
 
     Those of equal p and q, or the others. Kinds: 0 within x, 1 within y, 2 between;
@@ -273,7 +273,7 @@ def _tiles(of_x, of_y, of_one, axis_name):
     wanted = (p == q) == of_one
     p, q = p[wanted], q[wanted]
     kind = np.where(q < of_x, 0, np.where(p >= of_x, 1, 2)).astype(np.int32)
-    live = np.ones(len(p), np.float32)
+    live = np.ones(len(p), dtype)
     if axis_name is None:
         return p, q, kind, live
     devices = jax.lax.axis_size(axis_name)

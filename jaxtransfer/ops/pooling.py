@@ -48,7 +48,7 @@ def adaptive_average_pool(
     height, width = inputs.shape[-3:-1]
     if (height, width) == tuple(size):
         return inputs
-    dtype = common_dtype(inputs, jnp.float32)
+    dtype = common_dtype(inputs.dtype, jnp.float32)
     if height % size[0] == 0 and width % size[1] == 0:
         blocks = (size[0], height // size[0], size[1], width // size[1])
         blocks = inputs.reshape(*inputs.shape[:-3], *blocks, inputs.shape[-1])

@@ -142,7 +142,7 @@ def beam_search(
     def write(carry):
         count, last, written, live, state, found = carry
         logits, state = step(state, last.reshape(-1))
-        logits = logits.astype(common_dtype(logits, jnp.float32))
+        logits = logits.astype(common_dtype(logits.dtype, jnp.float32))
         logs = split(jax.nn.log_softmax(logits))
         vocabulary = logs.shape[-1]
         if beams >= vocabulary:
@@ -264,7 +264,7 @@ def sample_tokens(
         last, over, state = carry
         logits, state = step(state, last)
         _check_tokens(end, logits.shape[-1], last.dtype)
-        logits = logits.astype(common_dtype(logits, jnp.float32))
+        logits = logits.astype(common_dtype(logits.dtype, jnp.float32))
         token = jax.random.categorical(key, logits / temperature).astype(last.dtype)
         token = jnp.where(over, padding, token)
         return (token, over | (token == end), state), token

@@ -54,7 +54,7 @@ def normalized_discounted_cumulative_gain(
     if top is not None and top < 1:
         raise ValueError(f"top: got {top}; it must be 1 or more, or None for all ranks")
     scores, gains = jnp.asarray(scores), jnp.asarray(gains)
-    gains = gains.astype(common_dtype(gains, jnp.float32))
+    gains = gains.astype(common_dtype(gains.dtype, jnp.float32))
     there = jnp.ones(scores.shape, bool) if where is None else jnp.asarray(where)
     gains = jnp.where(there, gains, 0)
     ranks = jnp.arange(1, scores.shape[-1] + 1)
@@ -67,7 +67,8 @@ def normalized_discounted_cumulative_gain(
         others = there[..., None, :]
         above = jnp.sum(others & (by[..., None, :] > by[..., :, None]), axis=-1)
         equal = jnp.sum(others & (by[..., None, :] == by[..., :, None]), axis=-1)
-        shared = (until[above + equal] - until[above]) / jnp.maximum(equal, 1)
+        places = jnp.maximum(equal, 1).astype(gains.dtype)
+        shared = (until[above + equal] - until[above]) / places
         return jnp.sum(gains * shared, axis=-1)
 
     best = gained(gains)

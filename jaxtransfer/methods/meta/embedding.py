@@ -198,7 +198,7 @@ def counted(features: jax.Array, support: Batch, ways: int) -> jax.Array:
 
 def flat(features: jax.Array) -> jax.Array:
     """``[rows, features]`` in float32 or wider."""
-    wide = features.astype(common_dtype(features, jnp.float32))
+    wide = features.astype(common_dtype(features.dtype, jnp.float32))
     return wide.reshape(len(wide), -1)
 
 
