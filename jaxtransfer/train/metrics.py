@@ -87,7 +87,7 @@ def counted(outputs: Any, batch: Batch) -> tuple[Any, jax.Array]:
                 "[classes], or [batch, classes] where a batch is divided among devices"
             )
         if present.ndim > 1:
-            present = jnp.expand_dims(present, range(1, outputs.ndim - 1))
+            present = jnp.expand_dims(present, tuple(range(1, outputs.ndim - 1)))
         outputs = jnp.where(present, outputs, ABSENT)
     return outputs, labels
 
