@@ -298,9 +298,7 @@ class _UnknownNNX(nnx.Module):
 
 
 def test_a_mode_of_an_unknown_name_is_refused():
-    with pytest.raises(
-        TypeError, match=r"_Unknown.__call__: 'trainable' seems.* train,"
-    ):
+    with pytest.raises(TypeError, match="_Unknown.__call__: 'train_mode' seems"):
         from_linen(_Unknown())
     with pytest.raises(TypeError, match="_UnknownNNX.__call__: 'evaluating' seems"):
         from_nnx(_UnknownNNX).init(KEY, X)

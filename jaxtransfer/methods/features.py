@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxtransfer import losses
 from jaxtransfer.losses.classification import classified
@@ -23,6 +23,7 @@ from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.products import product
 from jaxtransfer.parallel import jit
 from jaxtransfer.typing import (
+    AnyArray,
     Batch,
     Frozen,
     Inputs,
@@ -199,13 +200,13 @@ def predict(source: Model, head: Model, *, tap: str) -> Predict:
 
 
 def logistic_regression(
-    features: Float[Array, "batch dim"],
-    labels: Int[Array, " batch"],
+    features: Float[AnyArray, "batch dim"],
+    labels: Int[AnyArray, " batch"],
     *,
     classes: int,
     l2: float | Float[Array, ""] = 1e-3,
     iterations: int = 100,
-    where: jax.Array | None = None,
+    where: Bool[AnyArray, " batch"] | None = None,
 ) -> dict[str, jax.Array]:
     r"""Fit a linear probe: multinomial logistic regression by L-BFGS.
 
