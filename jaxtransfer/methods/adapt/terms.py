@@ -110,20 +110,7 @@ def compare(
         DSAN: Zhu et al., TNNLS 2020. JAN: Long et al., ICML 2017. Minimum class
         confusion: Jin et al., ECCV 2020.
     """
-
-    def value(
-        params: Params,
-        model_state: ModelState,
-        source: Domain,
-        target: Domain,
-        progress: jax.Array,
-        key: jax.Array,
-        axis_name: str | None,
-    ) -> tuple[Scalar, Metrics, ModelState]:
-        del params, progress, key
-        return loss(*gather((source, target), axis_name)), {}, model_state
-
-    return Term(name, tap, weight, value, ramped=callable(weight))
+    return _of_sets(loss, loss, tap, weight, name)
 
 
 def align(
@@ -156,6 +143,21 @@ def align(
         workshops 2016, eq. 6.
     """
 
+    def apart(source: Domain, target: Domain) -> Scalar:
+        return distance(source.features, target.features)
+
+    return _of_sets(apart, distance, tap, weight, name)
+
+
+def _of_sets(
+    loss: Callable[[Domain, Domain], Scalar],
+    given: Callable[..., Scalar],
+    tap: str | tuple[str, ...],
+    weight: Weight,
+    name: str,
+) -> Term:
+    """A term of the rows of all devices; ``given`` is what might gather them again."""
+
     def value(
         params: Params,
         model_state: ModelState,
@@ -166,9 +168,8 @@ def align(
         axis_name: str | None,
     ) -> tuple[Scalar, Metrics, ModelState]:
         del params, progress, key
-        check_gathered_once(distance, axis_name, name)
-        parts = gather((source.features, target.features), axis_name)
-        return distance(*parts), {}, model_state
+        check_gathered_once(given, axis_name, name)
+        return loss(*gather((source, target), axis_name)), {}, model_state
 
     return Term(name, tap, weight, value, ramped=callable(weight))
 
