@@ -14,7 +14,8 @@ def common_dtype(*values: Any) -> np.dtype:
     dtype is asked for in order to widen to it.
 
     Args:
-        *values: arrays, numbers or dtypes.
+        *values: arrays, numbers or dtypes. Numbers, and what is made of numbers alone,
+            give way to arrays; the ``dtype`` of an array does not.
 
     Returns:
         The dtype that standard promotion gives them.

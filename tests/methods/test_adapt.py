@@ -336,6 +336,15 @@ def test_the_critic_learns_and_the_features_are_turned_against_it(net, progress)
     assert any(jnp.abs(g).max() > 1e-3 for g in jax.tree.leaves(expected["model"]))
 
 
+def test_a_critic_of_another_shape_names_the_remedy():
+    net, critic = network("linen"), network("linen", inputs=5, outputs=1, widths=(4,))
+    started = adapt.init(KEY, net, net.init(KEY, X), X, critic=critic, tap="blocks_1")
+    task = adapt.objective(net, adapt.cdan(critic, tap="blocks_1", reversal=1.0))
+    with pytest.raises(Exception, match=r"\(5, 4\)|\(15, 4\)") as raised:
+        value(task, started)
+    assert any("(10, 15); adapt.init" in note for note in raised.value.__notes__)
+
+
 def test_metrics_of_the_critic(net):
     term = adapt.dann(CRITIC, tap="blocks_1", weight=0.5, reversal=1.0)
     loss, (_, measured) = value(adapt.objective(net[0], term), begin(net, CRITIC))

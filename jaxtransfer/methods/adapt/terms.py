@@ -239,6 +239,13 @@ def cdan(
     Returns:
         A term for :func:`objective`.
 
+    Example:
+        >>> import flax.linen as nn
+        >>> from jaxtransfer.model import from_linen
+        >>> term = cdan(from_linen(nn.Dense(1)), tap="features", entropy=True)
+        >>> term.taps, term.critic
+        (('features',), True)
+
     References:
         Long et al., *Conditional adversarial domain adaptation*, NeurIPS 2018, eqs.
         5-9; :func:`jaxtransfer.losses.multilinear_map`, ``.entropy_weights``.
@@ -285,12 +292,19 @@ def _adversarial(
             )
         strength = reversal(progress) if callable(reversal) else reversal
         seen, weights = judged(source, target)
-        logits, _, critic_state = critic.apply(
-            Variables(params["critic"], model_state["critic"]),
-            ops.gradient_reversal(seen, strength),
-            train=True,
-            key=key,
-        )
+        try:
+            logits, _, critic_state = critic.apply(
+                Variables(params["critic"], model_state["critic"]),
+                ops.gradient_reversal(seen, strength),
+                train=True,
+                key=key,
+            )
+        except Exception as error:
+            error.add_note(
+                f"The critic of {name!r} was given {seen.shape}; adapt.init makes one "
+                "for it with critic=, tap= and, for cdan, conditional=True."
+            )
+            raise
         count = len(jax.tree.leaves(source)[0])
         parts = logits[:count], logits[count:]
         return (
