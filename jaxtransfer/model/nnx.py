@@ -77,6 +77,41 @@ def _hold_calls(module: nnx.Module, held: tuple[str, ...]) -> None:
             object.__setattr__(part, "__class__", _calm(type(part)))
 
 
+@functools.cache
+def _open(kind: type[nnx.Variable]) -> type[nnx.Variable]:
+    """The same variable, by whose updates batch normalisation lets gradients pass."""
+    return type(kind.__name__, (kind,), {"_can_update": False})
+
+
+@functools.cache
+def _passing(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    """Batch normalisation whose new statistics have a gradient, as Linen's have.
+
+    Flax stops it where a variable can be updated, and asks for that only to this end.
+    """
+    method: Any = kind.__call__
+
+    @functools.wraps(method)
+    def call(self: nnx.BatchNorm, *args: Any, **kwargs: Any) -> Any:
+        statistics = [(part, type(part)) for part in (self.mean, self.var)]
+        for part, own in statistics:
+            object.__setattr__(part, "__class__", _open(own))
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            for part, own in statistics:
+                object.__setattr__(part, "__class__", own)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _let_gradients_pass(module: nnx.Module) -> None:
+    """Make the statistics that training writes differentiable, for who reads them."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.BatchNorm):
+            object.__setattr__(part, "__class__", _passing(type(part)))
+
+
 _RECORD = "last_output_"
 """Attribute of a tapped module, while it is called."""
 
@@ -353,7 +388,8 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
             bones.arrays,
             copy=True,
         )
-        if train and held:
+        if train:
+            _let_gradients_pass(module)
             _hold_calls(module, held)
         call = type(module).__call__
         mode: dict[str, Any] = mode_arguments(call, train)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtransfer import prng
 from jaxtransfer.methods._counting import without_count
 from jaxtransfer.methods.meta.chunks import Chunk, mean_over_tasks
 from jaxtransfer.methods.meta.learner import Learner
@@ -36,10 +37,11 @@ def trajectory(
 
     def one(params, frozen, model_state, key_and_task):
         key, episode = key_and_task
+        of_query = prng.stream(key, "query")
 
         def measure(adapted: Any, state: ModelState) -> dict[str, jax.Array]:
             loss, (_, measured) = learner.query(
-                adapted, frozen, state, episode["query"], key
+                adapted, frozen, state, episode["query"], of_query
             )
             if taken := {"loss", "parameter_norm"} & measured.keys():
                 raise ValueError(

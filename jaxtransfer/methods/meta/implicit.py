@@ -1,5 +1,7 @@
 """Implicit MAML: the meta-gradient at the end of the inner problem, not through it."""
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -10,7 +12,9 @@ from jax.scipy.sparse.linalg import cg
 
 from jaxtransfer import tree
 from jaxtransfer.methods.meta.descent import maml
+from jaxtransfer.methods.meta.learned import Learned
 from jaxtransfer.methods.meta.learner import Adapted, Learner, Task, Visit
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.mapped import mapped_with
 from jaxtransfer.ops.varying import vary, varying_axes
 from jaxtransfer.typing import Batch, Frozen, ModelState, Params
@@ -74,7 +78,8 @@ def implicit_maml(
 
     The steps in between leave no trace: memory does not depend on their number, and any
     optimizer will do. The gradient is right as far as the inner problem is solved.
-    Parameters that don't adapt (``rules``) get theirs by the same theorem.
+    Parameters that don't adapt (``rules``) get theirs by the same theorem, the support
+    has none. The system is solved in float32 or wider, whatever the parameters are.
 
     Args:
         task: the losses inside and outside.
@@ -93,15 +98,23 @@ def implicit_maml(
         :func:`~jaxtransfer.methods.meta.objective`.
 
     Raises:
-        ValueError: ``strength`` is not positive, ``iterations`` is below 1, an
-            unknown solver, or a task with statistics by step.
+        TypeError: a learned optimizer, or ``iterations`` that are no integer.
+        ValueError: ``strength`` is not positive or infinite, ``iterations`` is below 1,
+            an unknown solver, or a task with statistics by step.
 
     References:
         Rajeswaran et al., *Meta-learning with implicit gradients*, NeurIPS 2019, eqs.
         3-7; defaults of its Omniglot runs. Neumann: Lorraine et al., AISTATS 2020.
     """
-    if strength <= 0:
-        raise ValueError(f"strength: got {strength}; it must be positive")
+    strength = float(strength)  # a number of NumPy would widen what it multiplies
+    if not 0 < strength < math.inf:
+        raise ValueError(f"strength: got {strength}; it must be positive and finite")
+    if isinstance(optimizer, Learned):
+        raise TypeError(
+            "optimizer: got a learned one, of whose steps implicit MAML keeps no "
+            "trace; give it to meta.maml, or take one of optax"
+        )
+    iterations = operator.index(iterations)
     if iterations < 1:
         raise ValueError(f"iterations: got {iterations}; it must be 1 or more")
     if solver not in _SOLVERS:
@@ -166,8 +179,9 @@ def implicit_maml(
         key: jax.Array,
         visit: Visit | None = None,
     ) -> Adapted:
+        params, support = jax.tree.map(jnp.asarray, (dict(params), support))
         axes = varying_axes((params, support))
-        params = vary(jax.tree.map(jnp.asarray, dict(params)), axes)
+        params = vary(params, axes)
         found = jax.lax.stop_gradient(
             descend.adapt(params, frozen, model_state, support, key, visit)
         )
@@ -190,10 +204,29 @@ def implicit_maml(
 def _conjugate_gradient(
     system: Callable[[Params], Params], right: Params, iterations: int
 ) -> Params:
-    found = cg(system, right, maxiter=iterations, tol=0.0)[0]
+    leaves = jax.tree.leaves(right)
+    dtype = common_dtype(jnp.float32, *leaves)
+
+    def wide(values: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), values)
+
+    def narrow(values: Params) -> Params:
+        return jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), values, right)
+
+    # Its squares must neither vanish nor overflow; a power of two changes no digit.
+    largest = jnp.stack(
+        [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(wide(right))]
+    )
+    scale = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(jnp.max(largest))[1])
+    found = cg(
+        lambda along: wide(system(narrow(along))),
+        jax.tree.map(lambda leaf: leaf / scale, wide(right)),
+        maxiter=iterations,
+        tol=0.0,
+    )[0]
     # It answers not-a-number with zeros.
-    lost = jnp.stack([jnp.sum(0.0 * leaf) for leaf in jax.tree.leaves(right)]).sum()
-    return jax.tree.map(lambda leaf: leaf + lost.astype(leaf.dtype), found)
+    lost = jnp.stack([jnp.sum(0.0 * leaf.astype(dtype)) for leaf in leaves]).sum()
+    return narrow(jax.tree.map(lambda leaf: leaf * scale + lost, found))
 
 
 def _neumann(

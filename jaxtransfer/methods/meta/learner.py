@@ -271,8 +271,9 @@ def check_support(support: Batch) -> None:
     Raises:
         ValueError: no arrays, or arrays of no rows.
     """
-    rows = {len(leaf) for name, leaf in support.items() if name != "classes"}
-    if 0 in rows or not rows:
+    examples = {name: leaf for name, leaf in support.items() if name != "classes"}
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(examples)]
+    if not shapes or 0 in {shape[0] for shape in shapes if shape}:
         raise ValueError("support: no examples to adapt on")
 
 

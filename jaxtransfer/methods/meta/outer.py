@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer import prng
 from jaxtransfer.methods._counting import count_of, without_count
 from jaxtransfer.methods.meta.chunks import Chunk, mean_over_tasks
 from jaxtransfer.methods.meta.learner import Learner
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.train import metrics as metrics_lib
 from jaxtransfer.typing import (
     Batch,
@@ -126,10 +128,11 @@ def objective(
     def one(params, frozen, given, key_and_task):
         model_state, weights = given
         key, episode = key_and_task
+        of_query = prng.stream(key, "query")  # not the dropout of a single step
 
         def judge(adapted: Any, state: ModelState) -> tuple[Scalar, dict[str, Mean]]:
             loss, (_, measured) = learner.query(
-                adapted, frozen, state, episode["query"], key
+                adapted, frozen, state, episode["query"], of_query
             )
             return loss, metrics_lib.promote(measured)
 
@@ -150,7 +153,7 @@ def objective(
                     f"step_weights: got weights {weights.shape} for {losses.shape} "
                     "losses, of the start and after each step"
                 )
-            loss = jnp.vdot(weights, losses)
+            loss = jnp.vdot(weights.astype(losses.dtype), losses)
             measured = jax.tree.map(lambda leaf: leaf[-1], measured)
         state = {}
         if of_support is not None:
@@ -176,7 +179,7 @@ def objective(
             params, frozen, (network_state, weights), batch, key
         )
         if collect is not None:
-            network_state = _toward(network_state, states, collect)
+            network_state = _toward(network_state, states, float(collect))
         measured = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), measured)
         return loss, (_next(model_state, network_state), measured)
 
@@ -244,9 +247,15 @@ def reptile(learner: Learner, *, chunk: Chunk = "auto") -> Objective:
             lambda a, b: jnp.sum((a - b) ** 2) / 2, dict(params), found.params
         )
         _, (_, measured) = learner.query(
-            found.params, frozen, found.model_state, episode["support"], key
+            found.params,
+            frozen,
+            found.model_state,
+            episode["support"],
+            prng.stream(key, "query"),
         )
-        loss = jnp.sum(jnp.stack(jax.tree.leaves(gaps)))
+        sums = jax.tree.leaves(gaps)
+        dtype = common_dtype(*sums)
+        loss = jnp.sum(jnp.stack([gap.astype(dtype) for gap in sums]))
         return loss, metrics_lib.promote(measured)
 
     mean = mean_over_tasks(one, chunk)

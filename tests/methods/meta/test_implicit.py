@@ -118,6 +118,7 @@ def test_weights_of_steps_are_refused():
     ("options", "words"),
     [
         ({"strength": 0.0}, "strength: got 0.0; it must be positive"),
+        ({"strength": float("nan")}, "strength: got nan; it must be positive"),
         ({"iterations": 0}, "iterations: got 0"),
         ({"solver": "newton"}, "choose one of"),
     ],
@@ -151,3 +152,41 @@ def test_not_a_number_stays(solver, float64):
 
     for slope in jax.grad(value)(lost).values():
         assert np.isnan(slope).all()
+
+
+def test_a_learned_optimizer_is_refused(types_unchecked):
+    with pytest.raises(TypeError, match="optimizer: got a learned one"):
+        meta.implicit_maml(TASK, meta.meta_sgd(0.1), steps=1)
+
+
+def test_no_gradient_is_too_small_and_dtypes_may_differ():
+    """The system is linear: conjugate gradients must not square what is small."""
+
+    def support(params, frozen, model_state, batch, key):
+        wide = {name: leaf.astype(jnp.float32) for name, leaf in params.items()}
+        together = jnp.sum(wide["v"]) * jnp.sum(wide["w"])
+        total = sum(jnp.sum(leaf**2) for leaf in wide.values())
+        return total / 2 + together / 10 + jnp.sum(batch["rows"]), (model_state, {})
+
+    learner = meta.implicit_maml(
+        meta.Task(support, support), optax.sgd(0.1), steps=5, strength=np.float64(2.0)
+    )
+    params = {"v": jnp.ones(2, jnp.float32), "w": jnp.ones(2, jnp.bfloat16)}
+    rows = {"rows": np.zeros(1, np.float32)}
+
+    @jax.jit
+    def slope(scale):
+        def value(params):
+            found = learner.adapt(params, {}, {}, rows, KEY).params
+            return scale * jnp.sum(found["v"] + found["w"].astype(jnp.float32))
+
+        return jax.grad(value)(params)
+
+    usual, tiny = slope(jnp.float32(1.0)), slope(jnp.float32(2.0**-80))
+    # (I + H / 2) x = (1, 1, 1, 1) with H of ones on the diagonal and tenths between.
+    np.testing.assert_allclose(usual["v"], 1 / 1.6, rtol=1e-2)
+    assert usual["w"].dtype == jnp.bfloat16
+    for name in params:
+        np.testing.assert_allclose(
+            np.float64(tiny[name]) * 2.0**80, np.float64(usual[name]), rtol=1e-6
+        )

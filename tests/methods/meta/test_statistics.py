@@ -3,6 +3,7 @@
 import functools
 
 import flax.linen as nn
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from jaxtransfer.methods import meta
 from jaxtransfer.methods.meta.learner import batch_statistics
-from jaxtransfer.model import from_linen
+from jaxtransfer.model import from_linen, from_nnx
 from jaxtransfer.typing import Variables
 from tests.tasks import KEY, close, episodes, first, gradient
 from tests.twins import same
@@ -25,6 +26,19 @@ class Net(nn.Module):
         x = nn.Dense(4, name="dense")(x)
         x = nn.BatchNorm(not train, momentum=self.momentum, name="norm")(x)
         return nn.Dense(3, name="head")(nn.relu(x))
+
+
+class NNXNet(nnx.Module):
+    """The same network, its middle behind a transform of NNX."""
+
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(6, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, momentum=0.0, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.remat(lambda norm, x: norm(x))(self.norm, self.dense(x))
+        return self.head(nnx.relu(x))
 
 
 BATCH = episodes()
@@ -79,6 +93,21 @@ def test_the_support_statistics_are_those_of_the_adapted_parameters(steps):
         before = by_hand(START.params, support["inputs"])
         with pytest.raises(AssertionError):
             close(adapted.model_state, before, 1e-3)
+
+
+def test_those_of_an_nnx_network_have_the_gradient_of_linen():
+    """Flax stops it where NNX's batch normalisation writes its statistics."""
+
+    def slope(net):
+        learner = meta.maml(meta.task(net), optax.sgd(0.3), steps=1)
+        return jax.jit(jax.value_and_grad(meta.objective(learner), has_aux=True))(
+            START.params, {}, START.model_state, BATCH, KEY
+        )
+
+    (loss, _), expected = slope(from_linen(Net()))
+    (value, _), found = slope(from_nnx(NNXNet))
+    np.testing.assert_allclose(value, loss, rtol=1e-6)
+    close(found, expected)
 
 
 def test_running_statistics_stay_and_are_used():
