@@ -202,12 +202,14 @@ def save(
         like: the file that the weights were loaded from: the new one gets its names,
             their order (sorted in msgpack), their types, its metadata, and the entries
             that are none of the network's leaves. Weights that did not change are
-            bit-identical in it; those that ``adapt`` made are written as they are.
+            bit-identical in it, of a network of fewer digits than the file's too;
+            those that ``adapt`` made are written as they are.
 
     Raises:
         FileNotFoundError: there is no such folder, or no file ``like``.
         ImportError: a safetensors file, without the package.
-        TypeError: the variables are no :class:`~jaxtransfer.typing.Variables`.
+        TypeError: the variables are no :class:`~jaxtransfer.typing.Variables`, or hold
+            a random key.
         ValueError: another ending, two leaves of one name, leaves that are not in the
             file ``like``, of another kind of numbers there (integers, if it was
             quantized) or too large for its types, or numbers that ``.npz`` can't hold,
@@ -233,7 +235,15 @@ def save(
     _claimed({place: entry.names for place, entry in places.items()})
     arrays: dict[str, np.ndarray] = {}
     for place, entry in places.items():
-        written = entry.write(np.asarray(leaves[place][1]))
+        value = leaves[place][1]
+        if isinstance(value, jax.Array) and jax.dtypes.issubdtype(
+            value.dtype, jax.dtypes.prng_key
+        ):
+            raise TypeError(
+                f"variables: {place!r} is a random key, which files of weights don't "
+                "hold; leave it out"
+            )
+        written = entry.write(np.asarray(value))
         arrays.update(zip(entry.names, written, strict=True))
     if like is None:
         metadata = {"format": "pt"}  # readers of safetensors ask for it
@@ -249,15 +259,23 @@ def save(
         )
     entries = dict(content.entries)
     for name, value in arrays.items():
-        held = entries[name].dtype
-        if _kind(held) != _kind(value.dtype):
+        held = entries[name]
+        if _kind(held.dtype) != _kind(value.dtype):
             raise ValueError(
-                f"like: {name!r} is of {_kind(held)} ({held}) in {os.fspath(like)!r}, "
-                f"and of {_kind(value.dtype)} ({value.dtype}) here; leave like= out, "
-                "which writes the weights as they are"
+                f"like: {name!r} is of {_kind(held.dtype)} ({held.dtype}) in "
+                f"{os.fspath(like)!r}, and of {_kind(value.dtype)} ({value.dtype}) "
+                "here; leave like= out, which writes the weights as they are"
             )
-        entries[name] = _cast(name, value, held)
+        if not _unchanged(held, value):
+            entries[name] = _cast(name, value, held.dtype)
     files.write_content(path, content._replace(entries=entries))
+
+
+def _unchanged(held: np.ndarray, value: np.ndarray) -> bool:
+    """Whether the network has what the file holds, as far as its digits go."""
+    with np.errstate(over="ignore"):
+        rounded = held.astype(value.dtype)
+    return rounded.shape == value.shape and rounded.tobytes() == value.tobytes()
 
 
 def _naming_of(path: str | os.PathLike[str]) -> Naming:

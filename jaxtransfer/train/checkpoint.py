@@ -232,6 +232,13 @@ class Checkpointer:
             raise self._damaged(step, known, error) from error
         empty = {path: leaf for path, leaf in wanted.items() if not leaf.size}
         loaded = {**loaded, **empty}
+        for path, leaf in loaded.items():
+            if describe(leaf) != record["arrays"][path]:
+                raise ValueError(
+                    f"{folder}: {path!r} came back as {describe(leaf)}, not "
+                    f"{record['arrays'][path]}; float64 is read if the whole process "
+                    'has it: jax.config.update("jax_enable_x64", True)'
+                )
         for path, crc in record["checksums"].items():
             found = checksum(loaded[path])
             if None not in (crc, found) and found != crc:

@@ -74,7 +74,7 @@ def init_state(
         )
     if not jax.tree.leaves(variables.params):
         raise ValueError("params: nothing to learn; do the rules hold every parameter?")
-    params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
+    params, model_state = jax.tree.map(_own, variables)
     if isinstance(optimizer, Mapping):
         if set(optimizer) != set(params):
             raise ValueError(
@@ -85,7 +85,7 @@ def init_state(
     else:
         opt_state = optimizer.init(params)
     # Some keep the parameters they began with, which `jit_step` would donate twice.
-    opt_state = jax.tree.map(lambda x: jnp.array(x, copy=True), opt_state)
+    opt_state = jax.tree.map(_own, opt_state)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -94,3 +94,9 @@ def init_state(
         opt_state=opt_state,
         key=jnp.array(key, copy=True),
     )
+
+
+def _own(leaf: Any) -> jax.Array:
+    """A copy of the dtype it has: one that gives way to others is not kept on disk."""
+    copy = jnp.array(leaf, copy=True)
+    return jnp.asarray(copy, copy.dtype)

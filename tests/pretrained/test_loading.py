@@ -320,6 +320,27 @@ def test_what_was_trained_is_in_the_new_file_and_nothing_else_changed(file, tmp_
     assert after["layer1.0.bn1.num_batches_tracked"] == 7
 
 
+def test_what_a_network_of_fewer_digits_did_not_change_keeps_them(tmp_path):
+    thirds = np.arange(1, 7, dtype=np.float32).reshape(2, 3) / 3
+    file, again = dense(tmp_path, thirds), tmp_path / "again.safetensors"
+    model = from_linen(nn.Dense(3, param_dtype=jnp.bfloat16))
+    variables, _ = pretrained.load(file, model, jnp.ones((1, 2)))
+    pretrained.save(again, variables, like=file)
+    assert file.read_bytes() == again.read_bytes()
+    kernel = variables.params["kernel"].at[0, 0].add(1.0)
+    changed = variables._replace(params={**variables.params, "kernel": kernel})
+    pretrained.save(again, changed, like=file)
+    before, after = (pretrained.read(name)["weight"] for name in (file, again))
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, np.float32(kernel).T)
+
+
+def test_a_random_key_is_no_weight(tmp_path):
+    state = {"rngs": {"stream": jax.random.key(0)}}
+    with pytest.raises(TypeError, match="'stream' is a random key"):
+        pretrained.save(tmp_path / "x.npz", Variables({"w": jnp.ones(2)}, state))
+
+
 @pytest.mark.parametrize("ending", ["safetensors", "npz", "msgpack"])
 def test_every_format_gives_back_what_it_was_given(file, ending, tmp_path):
     variables, _ = pretrained.load(file, resnet(), IMAGE)

@@ -152,6 +152,28 @@ def test_leaves_without_values_are_restored_as_they_were(tmp_path):
             checkpointer.restore(other)
 
 
+def test_float64_that_is_read_as_float32_is_not_called_damaged(tmp_path):
+    """Orbax reads in a thread, which does not know of this one's setting."""
+    with jax.enable_x64(True):
+        variables = Variables({"w": jnp.array([0.1, 0.2], jnp.float64)})
+        state = train.init_state(jax.random.key(0), variables, optax.sgd(0.1))
+        with train.Checkpointer(tmp_path, every=1) as checkpointer:
+            checkpointer.save(1, state, force=True)
+            with pytest.raises(
+                ValueError, match="'params/w' came back as float32"
+            ) as e:
+                checkpointer.restore(state)
+    assert not isinstance(e.value, train.DamagedCheckpointError)
+
+
+def test_no_leaf_gives_way_to_other_dtypes_as_the_disk_does_not_know():
+    weak = optax.GradientTransformation(lambda _: jnp.asarray(0.1), lambda *_: _)
+    variables = Variables({"w": jnp.ones(2)}, {"count": 3})
+    state = train.init_state(jax.random.key(0), variables, weak)
+    leaves = jax.tree.leaves((state.params, state.model_state, state.opt_state))
+    assert len(leaves) == 3 and not any(leaf.weak_type for leaf in leaves)
+
+
 def test_a_save_that_fails_names_its_step(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
