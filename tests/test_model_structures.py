@@ -167,7 +167,8 @@ def test_arrays_that_are_no_variables_are_constants():
     module = _Table(nnx.Rngs(0))
     for build in (_Table, lambda rngs: nnx.clone(module)):
         net = from_nnx(build)
-        variables = jax.jit(net.init)(KEY, X)
+        with jax.checking_leaks():
+            variables = jax.jit(net.init)(KEY, X)
         assert not variables.model_state
         assert jax.jit(net.apply)(variables, X)[0].shape == (4, 2)
     np.testing.assert_allclose(net.apply(variables, X)[0], module(X), rtol=1e-6)

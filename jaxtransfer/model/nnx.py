@@ -194,12 +194,11 @@ def _abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
 
     def look() -> None:
         parts = nnx.iter_graph(build(nnx.Rngs(0)))
-        found.extend(
-            part for _, part in parts if isinstance(part, jax.Array | np.ndarray)
-        )
+        arrays = (isinstance(part, jax.Array | np.ndarray) for _, part in parts)
+        found.append(any(arrays))  # not they: a tracer must not leave its trace
 
     jax.eval_shape(look)
-    if not found:
+    if not any(found):
         return nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     with jax.ensure_compile_time_eval():
         graph, state = nnx.split(build(nnx.Rngs(0)))

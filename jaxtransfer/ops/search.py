@@ -21,8 +21,9 @@ class Beams(NamedTuple):
     Attributes:
         tokens: [batch, beams, length], padding after the end.
         scores: [batch, beams], log-probability over ``length ** length_penalty``;
-            not-a-number for an example of which a logit was.
-        lengths: [batch, beams], tokens with the end's.
+            not-a-number for an example of which a logit was, -1e30 where there are
+            fewer sequences than beams.
+        lengths: [batch, beams], tokens with the end's; 0 where there is no sequence.
     """
 
     tokens: Int[Array, "batch beams length"]
@@ -69,8 +70,8 @@ def beam_search(
         `Beams`.
 
     Raises:
-        ValueError: If an option is out of its range, ``begin`` or ``where`` of another
-            shape or type, or ``length`` more than the step can write.
+        ValueError: If an option is out of its range, ``begin``, ``state`` or ``where``
+            of another shape or type, or ``length`` more than the step can write.
 
     Example:
         >>> import jax.numpy as jnp
@@ -92,14 +93,14 @@ def beam_search(
             f"{beams}, {length} and {length_penalty}."
         )
     begin = _checked(step, begin, length, padding)
-    if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool or where.ndim != 1:
-            raise ValueError(
-                "where must be boolean [vocabulary], the same for every example, got "
-                f"{where.dtype} {list(where.shape)}."
-            )
+    where = _allowed(where)
     batch = len(begin)
+    for shape in map(jnp.shape, jax.tree.leaves(state)):
+        if shape[:1] != (batch,):
+            raise ValueError(
+                f"state must have arrays [batch, ...] of {batch} examples, got shape "
+                f"{list(shape)}; repeat what is the same for all."
+            )
 
     def flat(tree):
         return jax.tree.map(lambda x: x.reshape(batch * beams, *x.shape[2:]), tree)
@@ -199,6 +200,19 @@ def _checked(step, begin, length, padding):
     return begin
 
 
+def _allowed(where):
+    """Which tokens may be written."""
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    if where.dtype != bool or where.ndim != 1:
+        raise ValueError(
+            "where must be boolean [vocabulary], the same for every example, got "
+            f"{where.dtype} {list(where.shape)}."
+        )
+    return where
+
+
 def _check_tokens(end, vocabulary, dtype):
     if vocabulary - 1 > jnp.iinfo(dtype).max:
         raise ValueError(
@@ -220,6 +234,7 @@ def sample_tokens(
     *,
     padding: int = 0,
     temperature: float = 1.0,
+    where: Bool[AnyArray, "vocabulary"] | None = None,
 ) -> Int[Array, "batch length"]:
     """Sequences drawn from a model, such as for distillation on a student's own words.
 
@@ -236,13 +251,15 @@ def sample_tokens(
         end: The token that ends a sequence, one of the vocabulary.
         padding: The token that fills up.
         temperature: Positive; less is closer to the likeliest token.
+        where: Which tokens may be written [vocabulary]; all by default, that of
+            ``padding`` among them.
 
     Returns:
         Tokens [batch, length], padding after the end.
 
     Raises:
-        ValueError: If an option is out of its range, ``begin`` of another shape, or
-            ``length`` more than the step can write.
+        ValueError: If an option is out of its range, ``begin`` or ``where`` of another
+            shape or type, or ``length`` more than the step can write.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -259,12 +276,15 @@ def sample_tokens(
             f"length and temperature must be positive, got {length} and {temperature}."
         )
     begin = _checked(step, begin, length, padding)
+    where = _allowed(where)
 
     def write(carry, key):
         last, over, state = carry
         logits, state = step(state, last)
         _check_tokens(end, logits.shape[-1], last.dtype)
         logits = logits.astype(common_dtype(logits.dtype, jnp.float32))
+        if where is not None:
+            logits = jnp.where(where, logits, -jnp.inf)
         token = jax.random.categorical(key, logits / temperature).astype(last.dtype)
         token = jnp.where(over, padding, token)
         return (token, over | (token == end), state), token

@@ -53,6 +53,19 @@ def test_a_token_is_told_from_those_before_it():
     np.testing.assert_array_equal(BATCH["where"], [[1, 1, 1], [1, 1, 0]])
 
 
+def test_all_up_to_the_end_counts_whatever_padding_is():
+    tokens = jnp.array([[5, 0, 2, 0], [7, 2, 2, 2], [5, 6, 0, 7]])
+    batch = distill.sequence_batch(SOURCE, tokens, begin=BEGIN, padding=2, end=2)
+    expected = [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(batch["where"], expected)
+
+
+@pytest.mark.parametrize("tokens", [jnp.ones((2, 3)), jnp.array([5, 2])])
+def test_tokens_are_integers_of_sequences(tokens):
+    with pytest.raises(ValueError, match=r"tokens: got .*; give integers \[batch, len"):
+        distill.sequence_batch(SOURCE, tokens, begin=BEGIN)
+
+
 def test_word_distillation_does_not_see_padding(variables):
     objective = distill.objective(MODEL, MODEL, terms=WORDS)
     longer = distill.sequence_batch(
@@ -89,10 +102,11 @@ def test_share_1_teaches_on_what_the_student_writes(variables):
         return tokens
 
     objective = distill.objective(MODEL, MODEL, terms=WORDS)
-    own = distill.on_policy(objective, kept, begin=BEGIN, share=1.0)
-    found, _ = value_of(own, variables, jax.random.key(5))
+    own = distill.on_policy(objective, kept, begin=BEGIN, end=END, share=1.0)
+    found, _ = value_of(own, variables, jax.random.key(6))
     jax.effects_barrier()
-    batch = distill.sequence_batch(SOURCE, jnp.asarray(words[0]), begin=BEGIN)
+    batch = distill.sequence_batch(SOURCE, words[0], begin=BEGIN, end=END)
+    assert np.any(np.asarray(batch["where"]) != (words[0] != 0)), "choose another key"
     assert not np.array_equal(words[0], BATCH["labels"])
     batch.pop("labels")
     expected, _ = value_of(objective, variables, jax.random.key(0), batch)

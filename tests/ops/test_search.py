@@ -109,6 +109,13 @@ def test_tokens_that_may_not_be_written_are_not():
     with_it = ops.beam_search(step, state, begin, **options)
     without = ops.beam_search(step, state, begin, **options, where=where)
     assert np.any(with_it.tokens == 0) and not np.any(without.tokens == 0)
+    some = {**options, "key": jax.random.key(0)}
+    some.pop("beams")
+    drawn, others = (
+        ops.sample_tokens(step, state, begin, **some, where=mask)
+        for mask in (None, where)
+    )
+    assert np.any(drawn == 0) and not np.any(others == 0)
 
 
 def test_jitted_and_by_itself_the_same():
@@ -219,10 +226,19 @@ def test_a_step_for_fewer_tokens_is_not_asked_for_more(search):
 @pytest.mark.parametrize(
     "where", [jnp.ones((2, VOCABULARY), bool), jnp.arange(VOCABULARY)]
 )
-def test_a_mask_of_tokens_is_one_for_all(where, types_unchecked):
+@pytest.mark.parametrize("search", BOTH.values(), ids=BOTH)
+def test_a_mask_of_tokens_is_one_for_all(search, where, types_unchecked):
     step, state = of_tables(tables(2, 4))
     with pytest.raises(ValueError, match=r"where must be boolean \[vocabulary\]"):
-        BOTH["beam_search"](step, state, jnp.ones(2, int), where=where)
+        search(step, state, jnp.ones(2, int), where=where)
+
+
+def test_a_state_is_one_an_example():
+    def step(place, tokens):
+        return jnp.zeros((len(tokens), VOCABULARY)), place + 1
+
+    with pytest.raises(ValueError, match=r"arrays \[batch, ...\] of 2 .* shape \[\]"):
+        BOTH["beam_search"](step, jnp.array(0), jnp.ones(2, int))
 
 
 @pytest.mark.parametrize("place", [0, 2])

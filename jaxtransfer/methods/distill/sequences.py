@@ -24,7 +24,9 @@ Generate = Callable[[Variables, Batch, jax.Array], Any]
 """``(student, batch, key) -> tokens [batch, length]``."""
 
 
-def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) -> Batch:
+def sequence_batch(
+    source: Any, tokens: Any, *, begin: int, padding: int = 0, end: int | None = None
+) -> Batch:
     """A batch that teaches to write some sequences.
 
     At each place the token there is to be told from those before it.
@@ -34,11 +36,17 @@ def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) ->
         tokens: sequences with the token that ends them, ``[batch, length]``.
         begin: the token that the decoder reads first.
         padding: the token that is none.
+        end: the token that ends a sequence. With it what comes after the first one
+            doesn't count, and all else does: needed if ``padding`` is the same token,
+            or one that a model may write amid its words.
 
     Returns:
         ``{"inputs": {"source", "target"}, "labels" [batch, length], "where" [batch,
-        length]}``: places of padding don't count. Tokens are int32 whatever integers
-        they were.
+        length]}``: places of padding don't count, or with ``end`` those after it.
+        Tokens are int32 whatever integers they were.
+
+    Raises:
+        ValueError: the tokens are no integers ``[batch, length]``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,8 +54,17 @@ def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) ->
         ...     jnp.ones((1, 2), int), jnp.array([[5, 6, 2, 0]]), begin=1)
         >>> batch["inputs"]["target"].tolist(), batch["where"].tolist()
         ([[1, 5, 6, 2]], [[True, True, True, False]])
+        >>> ended = jnp.array([[5, 0, 2, 2]])
+        >>> sequence_batch(
+        ...     jnp.ones((1, 2), int), ended, begin=1, padding=2, end=2)["where"].tolist()
+        [[True, True, True, False]]
     """
     tokens = _tokens(tokens)
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens: got {tokens.dtype} {list(tokens.shape)}; give integers "
+            "[batch, length]"
+        )
     first = jnp.full_like(tokens[:, :1], begin)
     return {
         "inputs": {
@@ -55,8 +72,14 @@ def sequence_batch(source: Any, tokens: Any, *, begin: int, padding: int = 0) ->
             "target": jnp.concatenate([first, tokens[:, :-1]], axis=1),
         },
         "labels": tokens,
-        "where": tokens != padding,
+        "where": tokens != padding if end is None else _up_to(end, tokens),
     }
+
+
+def _up_to(end: int, tokens: jax.Array) -> jax.Array:
+    """Places up to the first end, that one among them."""
+    ends = (tokens == end).astype(jnp.int32)
+    return jnp.cumsum(ends, axis=1) - ends == 0
 
 
 def _check_sequences(batch: Batch) -> None:
@@ -84,6 +107,7 @@ def on_policy(
     *,
     begin: int,
     padding: int = 0,
+    end: int | None = None,
     share: float = 0.5,
 ) -> Objective:
     r"""Teach a student on sequences that it writes itself (GKD).
@@ -103,6 +127,9 @@ def on_policy(
             :func:`~jaxtransfer.ops.sample_tokens`.
         begin: the token that the decoder reads first.
         padding: the token that is none.
+        end: as for :func:`sequence_batch`, of the student's own words: without it a
+            ``padding`` that the student writes amid its words doesn't count (see
+            ``where`` of :func:`~jaxtransfer.ops.sample_tokens`).
         share: of the batches, 0 … 1.
 
     Returns:
@@ -155,7 +182,7 @@ def on_policy(
                     f"{batch['labels'].shape}; write as many"
                 )
             source = batch["inputs"]["source"]
-            return sequence_batch(source, tokens, begin=begin, padding=padding)
+            return sequence_batch(source, tokens, begin=begin, padding=padding, end=end)
 
         target, labels = (
             _tokens(part) for part in (batch["inputs"]["target"], batch["labels"])
