@@ -58,8 +58,9 @@ def export_student(
 
     Raises:
         ImportError: flatbuffers or safetensors are not there.
+        TypeError: ``platforms`` is a string.
         ValueError: the network can't be traced without knowing how many examples
-            there are, or two of its leaves have the same name.
+            there are, there are none, or two of its leaves have the same name.
 
     Example:
         >>> import pathlib, tempfile
@@ -81,6 +82,15 @@ def export_student(
             "compress.export_student needs the package flatbuffers; run: python -m pip "
             "install 'jaxtransfer[compress]'"
         ) from error
+    if isinstance(platforms, str):
+        raise TypeError(
+            f"platforms: got the string {platforms!r}; give a tuple, ({platforms!r},)"
+        )
+    if batch is not None and batch < 1:
+        raise ValueError(
+            f"batch: got {batch}; give the examples of a call, at least 1, or None for "
+            "any number"
+        )
     place = pathlib.Path(folder).expanduser()
     files = Exported(
         place / "student.jax",

@@ -10,11 +10,12 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtransfer import tree
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.order import kth_smallest
 from jaxtransfer.typing import Params, Scalar
 
-KERNELS = "(.*/)?kernel"
-"""Rule of the kernels of all layers, not of biases or normalisation."""
+KERNELS = "(.*/)?kernel(?!/array/scale$)"
+"""Rule of the kernels of all layers: not of biases, normalisation, integers' scales."""
 
 Masks = Mapping[str, Any]
 """Nested dict of booleans, True where a weight is kept, of what is pruned at all."""
@@ -77,7 +78,10 @@ def masks(
     if scope == "layer":
         found = {path: _kept(score, sparsity) for path, score in scores.items()}
     else:
-        joined = jnp.concatenate([score.ravel() for score in scores.values()])
+        widest = common_dtype(*scores.values())
+        joined = jnp.concatenate(
+            [score.ravel().astype(widest) for score in scores.values()]
+        )
         ends = np.cumsum([score.size for score in scores.values()])[:-1]
         parts = jnp.split(_kept(joined, sparsity), ends)
         found = {
@@ -94,7 +98,8 @@ def check_share(sparsity: Any, name: str) -> None:
 
 
 def _magnitudes(leaf: Any, structure: Structure) -> Float[Array, "..."]:
-    sizes = jnp.abs(jnp.asarray(leaf)).astype(jnp.float32)
+    sizes = jnp.abs(jnp.asarray(leaf))
+    sizes = sizes.astype(common_dtype(sizes.dtype, jnp.float32))
     if structure is None or sizes.ndim == 0:
         return sizes
     return jnp.mean(sizes, axis=tuple(range(sizes.ndim - 1)), keepdims=True)
@@ -114,7 +119,8 @@ def _all_but(
     flat = scores.ravel()
     last = kth_smallest(flat, jnp.clip(count - 1, 0, flat.size - 1))
     below, equal = flat < last, flat == last
-    pruned = below | (equal & (jnp.cumsum(equal) <= count - jnp.sum(below)))
+    ties = count - jnp.sum(below, dtype=count.dtype)
+    pruned = below | (equal & (jnp.cumsum(equal, dtype=count.dtype) <= ties))
     return ~(pruned & (count > 0)).reshape(scores.shape)
 
 

@@ -90,10 +90,14 @@ def pruned(
     sparsity does not fall. At the start the masks are those of the initial weights
     (pretrained ones, say); the first update applies them.
 
+    Nothing may change its updates afterwards, or what is pruned would not be zero: in
+    ``optax.chain`` it is the last one, around the optimizer.
+
     Args:
         optimizer: what makes the updates.
         sparsity: a number, or a schedule of the updates done, as
-            :func:`cubic_sparsity`.
+            :func:`cubic_sparsity`. Within a compiled step it is given a traced number,
+            so it chooses by ``jnp.where``, not by ``if``.
         rules: what is pruned; ``"student/(.*/)?kernel"`` leaves the bridges of
             distillation alone.
         scope: see :func:`masks`.

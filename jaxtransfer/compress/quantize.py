@@ -1,9 +1,11 @@
 """Weights and activations in 8-bit integers, in training and after it, by qwix."""
 
+import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -57,14 +59,18 @@ def quantized(
               \Delta = \max |x| / 127
 
     for both sides of each product in a module that has weights, with one
-    :math:`\Delta` for each output channel of a weight and one for each example of its
-    inputs, measured anew in every pass: nothing is calibrated, and an example's output
-    does not depend on the others of its batch. The integers are multiplied and summed
-    exactly, in training too; the gradient is that of the rounded product (of grouped
-    convolutions, of the one before rounding). Biases, normalisation, modules without
-    weights and embeddings (those that are the output matrix too) stay in floating
-    point. Zero stays zero, so pruning (:func:`~jaxtransfer.compress.pruned`) goes with
-    it. Loops inside of the network (``jax.lax.scan``) are unrolled.
+    :math:`\Delta` for each output channel of a weight and one for each row of its
+    inputs that is summed over: each token of ``[batch, tokens, width]`` in a dense
+    layer, each example in a convolution. They are measured anew in every pass: nothing
+    is calibrated, and an example's output does not depend on the others of its batch.
+    The integers are multiplied and summed exactly, in training too. The gradient is
+    that of the product before rounding in dense layers and grouped convolutions
+    (:math:`X^\top C` for weights, C the gradient of the outputs), that of the rounded
+    product in other convolutions. Biases, normalisation, modules without weights and
+    embeddings (those that are the output matrix too) stay in floating point; of
+    float16, products are made in float32. Zero stays zero, so pruning
+    (:func:`~jaxtransfer.compress.pruned`) goes with it. Loops inside of the network
+    (``jax.lax.scan``) are unrolled.
 
     ``quantized(...).model`` is a student like any other, for
     :func:`jaxtransfer.methods.distill.objective`: same parameters, state and taps.
@@ -88,9 +94,9 @@ def quantized(
             NNX module, not the function that builds it.
         ValueError: a rule matches no module that has parameters, no weight would be
             quantized (embeddings never are), or a layer multiplies its weights in
-            another shape than it holds them (:func:`~jaxtransfer.nets.PatchConv`),
-            which can't be done; (at a call) ``integer`` is to be trained, or what is
-            converted is in integers already.
+            another shape than it holds them (:func:`~jaxtransfer.nets.PatchConv`) or
+            by ``@``, which can't be done; (at a call) ``integer`` is to be trained, or
+            what is converted is in integers already.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -108,8 +114,8 @@ def quantized(
     References:
         Jacob et al., *Quantization and training of neural networks for efficient
         integer-arithmetic-only inference*, CVPR 2018; straight-through gradient: Bengio
-        et al., 2013. Deviation: activations have ranges of their own for each example,
-        not running ones, and normalisation is not folded into the weights.
+        et al., 2013. Deviation: activations have ranges of their own in each pass, not
+        running ones, and normalisation is not folded into the weights.
     """
     try:
         import qwix
@@ -129,7 +135,11 @@ def quantized(
     modules = sorted({module for module, _, _ in parts})
     # Flax's embeddings multiply by the transpose, which integers can't; they stay out.
     others = {module for module, _, name in parts if name != "embedding"}
-    chosen = tree.match(rules, modules) & others
+    try:
+        chosen = tree.match(rules, modules) & others
+    except ValueError as error:
+        said = str(error).replace("matches no parameter", "matches no module")
+        raise ValueError(f"rules: {said}") from error
     if not chosen:
         raise ValueError(
             f"rules: {rules!r} matches nothing but embeddings, which stay floating "
@@ -144,19 +154,18 @@ def quantized(
         act_calibration_method=_LARGEST,
     )
 
+    training, serving = _providers()
     if linen:
         wrap = functools.partial(from_linen, key_streams=key_streams)
-        trained = wrap(_patched(module, _trained_provider(), rule))
-        served = wrap(_patched(module, qwix.PtqProvider, rule))
+        trained = wrap(_patched(module, training, rule))
+        served = wrap(_patched(module, serving, rule))
     else:
         arguments = positional(example)
         later = {"skip_nnx_init": True}  # nothing to convert: the weights stay floats
-        trained = _built(module, _trained_provider(), rule, arguments, later)
-        served = _built(module, qwix.PtqProvider, rule, arguments, {})
-    try:
+        trained = _built(module, training, rule, arguments, later)
+        served = _built(module, serving, rule, arguments, {})
+    with _refusing(chosen):  # the plain network was traced above
         boxes = _boxes(served, example)
-    except _UNTRACED as error:  # the plain network was traced above
-        raise _other_shape(chosen, str(error)) from error
     if not boxes:
         raise ValueError(
             f"rules: {rules!r} matches no module that multiplies by its weights; "
@@ -177,6 +186,8 @@ def quantized(
                     "variables of Quantized.model, once"
                 )
             weight = jnp.reshape(found.pop(path), shape["qvalue"].shape)
+            if weight.dtype == jnp.float16:
+                weight = weight.astype(jnp.float32)
             axes = _alike(shape["scale"].shape, weight.shape)
             held = qwix.quantize(
                 weight, jnp.int8, channelwise_axes=axes, calibration_method=_LARGEST
@@ -212,14 +223,30 @@ def quantized(
 
 
 @functools.cache
-def _trained_provider() -> Any:
-    """Qwix's, with the gradient of grouped convolutions, which its own can't give."""
+def _providers() -> tuple[Any, Any]:
+    """Qwix's, of the network to train and of that of integers, with what they lack."""
     import qwix
 
     signature = inspect.signature(jax.lax.conv_general_dilated)
+    no_weight: Any = types.SimpleNamespace(shape=None)
 
-    class Provider(qwix.QtProvider):
+    class Trained(qwix.QtProvider):
+        def get_intercept_map(self) -> dict[str, Any]:
+            return _widened(super().get_intercept_map(), self)
+
+        def _create_dot_general_qt_config(
+            self, rule: Any, op_id: Any, lhs: Any, rhs: Any
+        ) -> Any:
+            """Both sides are rounded alike, so which one is the weight is no matter.
+
+            Qwix would go by the shapes, and refuse inputs that have the weight's.
+            """
+            return super()._create_dot_general_qt_config(
+                rule, op_id, no_weight, no_weight
+            )
+
         def conv_general_dilated(self, *arguments: Any, **named: Any) -> Any:
+            """With the gradient of grouped convolutions, which qwix can't give."""
             given = signature.bind(*arguments, **named).arguments
             if given.get("feature_group_count", 1) == 1:
                 return super().conv_general_dilated(**given)
@@ -229,7 +256,53 @@ def _trained_provider() -> Any:
             value = super().conv_general_dilated(**given)
             return value + (plain - jax.lax.stop_gradient(plain))
 
-    return Provider
+    class Served(qwix.PtqProvider):
+        def get_intercept_map(self) -> dict[str, Any]:
+            return _widened(super().get_intercept_map(), self)
+
+    return Trained, Served
+
+
+_PRODUCTS = (
+    "jax.lax.conv_general_dilated",
+    "jax.lax.dot_general",
+    "jax.numpy.dot",
+    "jax.numpy.einsum",
+)
+
+
+def _widened(functions: dict[str, Any], provider: Any) -> dict[str, Any]:
+    """Qwix's products, made in float32 where they would be in float16.
+
+    There its scales below 0.008 become 1, and sums of integers over 65504 infinite.
+    """
+    wide = {
+        name: _wide(functions[name], provider)
+        for name in _PRODUCTS
+        if name in functions
+    }
+    return functions | wide
+
+
+def _wide(product: Callable[..., Any], provider: Any) -> Callable[..., Any]:
+
+    def narrow(x: Any) -> bool:
+        return isinstance(x, jax.Array) and x.dtype == jnp.float16
+
+    def made(*arguments: Any, **named: Any) -> Any:
+        given = arguments, named
+        rule, _ = provider._get_current_rule_and_op_id("", only_rule=True)
+        if rule is None or not any(map(narrow, jax.tree.leaves(given))):
+            return product(*arguments, **named)
+        # Weights in integers, which are no arrays, go by their inputs.
+        arrays = [x for x in (*arguments, *named.values()) if isinstance(x, jax.Array)]
+        arguments, named = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if narrow(x) else x, given
+        )
+        value = product(*arguments, **named)
+        return value.astype(jnp.float16) if all(map(narrow, arrays)) else value
+
+    return made
 
 
 def _patched(
@@ -322,23 +395,36 @@ def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> list[int]:
 _UNTRACED = (TypeError, ValueError, AttributeError)  # of layers that can't be
 
 
+@contextlib.contextmanager
+def _refusing(paths: Iterable[str]) -> Iterator[None]:
+    """Say which layers can't be in integers, if one can't be traced."""
+    try:
+        yield
+    except jax.dtypes.TypePromotionError:  # a setting of JAX's, not the layers
+        raise
+    except _UNTRACED as error:
+        raise _other_shape(paths, str(error)) from error
+
+
 def _try(made: Quantized, variables: Variables, example: Any) -> None:
-    """Trace the network of integers once: some layers can't be."""
+    """Trace both networks once: some layers can't be."""
 
     def run(variables: Variables, inputs: Any) -> Any:
-        return made.integer.apply(made.convert(variables), inputs)[0]
+        trained = made.model.apply(variables, inputs)[0]
+        return trained, made.integer.apply(made.convert(variables), inputs)[0]
 
-    try:
+    with _refusing(made.paths):
         jax.eval_shape(run, variables, example)
-    except _UNTRACED as error:
-        raise _other_shape(made.paths, str(error)) from error
 
 
 def _other_shape(paths: Iterable[str], detail: str) -> ValueError:
+    how, instead = "in another shape than it holds them", "use flax's Conv and Dense"
+    if re.match("unsupported.* for @:|matmul |tensordot ", detail):
+        how, instead = "by @, matmul or tensordot", "write jnp.dot or jnp.einsum"
     return ValueError(
-        "module: a layer multiplies its weights in another shape than it holds them, "
-        "which can't be done with integers; use flax's Conv and Dense, or name the "
-        f"other modules in rules=. {detail} Found were {sorted(paths)}"
+        f"module: a layer multiplies its weights {how}, which can't be done with "
+        f"integers; {instead}, or name the other modules in rules=. {detail} Found "
+        f"were {sorted(paths)}"
     )
 
 

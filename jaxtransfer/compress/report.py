@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.extend.core import Jaxpr, jaxpr_as_fun, jaxprs_in_params
 
 from jaxtransfer import tree
 from jaxtransfer.typing import Inputs, Model, Output, Variables
@@ -24,7 +25,9 @@ class Measured:
         nonzero: those that are not zero.
         flops: operations of one forward pass of one example, as XLA counts them in the
             program before it is optimised, the same on every device. Operations of
-            integers count alike, and zeros are not left out.
+            integers count alike, and zeros are not left out. Those of a loop count for
+            every trip of a ``jax.lax.scan``, once of a ``jax.lax.while_loop``, whose
+            trips are not known.
         bytes: of ``params`` and ``model_state`` as they are, in their types.
         packed_bytes: the same with zeros left out: an array takes a bit for each number
             and the numbers that are not zero, or all of them where that is less.
@@ -59,7 +62,8 @@ def measure(
         model: the network; :attr:`~jaxtransfer.compress.Quantized.integer` for one of
             integers.
         variables: its variables.
-        inputs: a batch, of the size whose latency is wanted.
+        inputs: a batch, of the size whose latency is wanted; zeros for
+            ``jax.ShapeDtypeStruct``.
         score: how good it is, or a function that finds out from the compiled network,
             ``(inputs -> outputs) -> number``.
         repeats: timed passes.
@@ -87,11 +91,10 @@ def measure(
         return model.apply(variables, inputs)[0]
 
     variables = jax.tree.map(jax.numpy.asarray, variables)
-    one = jax.tree.map(lambda x: x[:1], inputs)
-    counted: Any = run.lower(variables, one).cost_analysis()
+    inputs = jax.tree.map(_array, inputs)
+    traced = run.trace(variables, jax.tree.map(lambda x: x[:1], inputs))
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
     params = [np.asarray(leaf) for leaf in jax.tree.leaves(variables.params)]
-    inputs = jax.tree.map(jax.numpy.asarray, inputs)
     times = []
     for _ in range(warmup + repeats):
         started = time.perf_counter()
@@ -101,12 +104,42 @@ def measure(
         name=name,
         parameters=tree.size(params),
         nonzero=sum(int(np.count_nonzero(array)) for array in params),
-        flops=float(counted.get("flops", 0.0)),
+        flops=_counted(traced.lower()) + _repeated(traced.jaxpr.jaxpr),
         bytes=sum(array.nbytes for array in arrays),
         packed_bytes=sum(map(_packed, arrays)),
         milliseconds=1e3 * statistics.median(times[warmup:]),
         score=score(lambda x: run(variables, x)) if callable(score) else score,
     )
+
+
+def _array(given: Any) -> jax.Array:
+    if isinstance(given, jax.ShapeDtypeStruct):
+        return jax.numpy.zeros(given.shape, given.dtype)
+    return jax.numpy.asarray(given)
+
+
+def _counted(lowered: Any) -> float:
+    return float(lowered.cost_analysis().get("flops", 0.0))
+
+
+def _repeated(jaxpr: Jaxpr) -> float:
+    """Operations of the trips of scans that XLA leaves out: it counts a body once."""
+    more = 0.0
+    for equation in jaxpr.eqns:
+        given = equation.params
+        if equation.primitive.name == "scan":
+            body, length = given["jaxpr"], given["length"]
+            unroll = given["unroll"] or max(length, 1)  # 0 is all
+            loops, rest = divmod(length, unroll)
+            bodies = rest + (unroll if loops else 0)  # as many as the program has
+            once = _counted(jax.jit(jaxpr_as_fun(body)).lower(*body.in_avals))
+            more += (length - bodies) * once + length * _repeated(body.jaxpr)
+        else:
+            parts = [_repeated(inner) for inner in jaxprs_in_params(given)]
+            # Of the branches of a condition XLA counts the largest.
+            choose = max if equation.primitive.name == "cond" else sum
+            more += choose(parts) if parts else 0.0
+    return more
 
 
 def _packed(array: np.ndarray) -> int:

@@ -228,6 +228,22 @@ def test_errors_of_the_network_are_its_own(tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"platforms": "cpu"}, TypeError, r"platforms: got the string 'cpu'.*\('cpu',"),
+        ({"batch": 0}, ValueError, "batch: got 0; .* at least 1, or None"),
+    ],
+)
+def test_what_is_no_platform_or_batch_is_refused(
+    tmp_path, types_unchecked, options, error, message
+):
+    model = from_linen(nn.Dense(2))
+    with pytest.raises(error, match=message):
+        compress.export_student(tmp_path, model, model.init(KEY, ROWS), ROWS, **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_flatbuffers_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     model = from_linen(nn.Dense(2))

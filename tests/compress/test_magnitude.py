@@ -64,6 +64,26 @@ def test_of_equal_weights_the_first_are_pruned():
         assert found.ravel().tolist() == [False] * 7 + [True] * 3
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_weights_own_precision_ranks_them(scope):
+    """In float32 all of these are equal."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        fine = 1 + jnp.array([1e-9, 0.0, 2e-9, 3e-9], jnp.float64)
+        coarse = jnp.full(4, 2, jnp.bfloat16)
+        params = {"a": {"kernel": coarse}, "kernel": fine}
+        share = {"layer": 0.25, "global": 0.125}[scope]
+        found = jax.jit(compress.masks, static_argnames="scope")(
+            params, share, scope=scope
+        )
+        assert found["kernel"].tolist() == [True, False, True, True]
+
+
+def test_scales_of_integers_are_no_weights():
+    array = {"qvalue": jnp.array([[0, 3]], jnp.int8), "scale": jnp.ones((1, 2))}
+    params = {"head": {"kernel": {"array": array}, "bias": jnp.ones(2)}}
+    assert float(compress.sparsity(params)) == 0.5
+
+
 def test_a_sparsity_may_be_a_number_of_numpy():
     for share in (np.float32(0.25), np.float16(0.5), np.float64(0.7), np.int32(1)):
         found = tree.flatten(compress.masks(PARAMS, share))

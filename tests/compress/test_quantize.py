@@ -1,4 +1,6 @@
+import operator
 import sys
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -140,6 +142,53 @@ def test_a_network_of_depthwise_convolutions_learns():
     moved = tree.flatten(jax.tree.map(jnp.subtract, state.params, begun.params))
     depthwise = [x for path, x in moved.items() if path.endswith("kernel")]
     assert all(jnp.abs(x).max() > 0 for x in depthwise)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_the_shape_of_the_weights_are_inputs(kind):
+    """Six rows of a layer of 6 by 6 say the same as among seven."""
+    layer = nn.Dense(6) if kind == "linen" else lambda rngs: nnx.Linear(6, 6, rngs=rngs)
+    made = compress.quantized(layer, X)
+    variables = made.model.init(KEY, X)
+    held, more = made.convert(variables), jnp.concatenate([X, X[:1]])
+
+    def value(params, inputs):
+        output = made.model.apply(Variables(params), inputs)[0][:6]
+        return jnp.sum(output**2), output
+
+    slope = jax.grad(value, has_aux=True)
+    found, expected = (slope(variables.params, inputs) for inputs in (X, more))
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    served = made.integer.apply(held, X)[0]
+    np.testing.assert_allclose(served, found[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.01, 300.0])
+@pytest.mark.parametrize("layer", [nn.Dense, nn.Conv])
+def test_products_of_float16_are_made_in_float32(layer, size):
+    """Its scales would be 1, so all is 0, and sums of integers are over 65504."""
+    options = {"dtype": jnp.float16, "param_dtype": jnp.float16}
+    given = ((3,),) if layer is nn.Conv else ()
+    layer = layer(4, *given, kernel_init=nn.initializers.constant(0.02), **options)
+    inputs = jnp.float16(size) * jnp.ones((2, 9, 32), jnp.float16)
+    made = compress.quantized(layer, inputs)
+    variables = made.model.init(KEY, inputs)
+    expected = from_linen(layer).apply(variables, inputs)[0]
+    assert jnp.all(jnp.isfinite(expected) & (expected > 0))
+    for model, values in (
+        (made.model, variables),
+        (made.integer, made.convert(variables)),
+    ):
+        found = model.apply(values, inputs)[0]
+        assert found.dtype == jnp.float16
+        np.testing.assert_allclose(found, expected, rtol=5e-3)
+    slope = jax.grad(
+        lambda params: made.model.apply(Variables(params), inputs)[0].mean()
+    )(variables.params)
+    assert slope["kernel"].dtype == jnp.float16
+    if isinstance(layer, nn.Dense):
+        np.testing.assert_allclose(slope["kernel"], size / 4, rtol=5e-3)
 
 
 def test_it_is_the_plain_network_but_for_the_rounding(pair):
@@ -333,7 +382,7 @@ def test_rules_choose_modules(kind):
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ("hed", "rule 'hed' matches no parameter; nearest: 'head'"),
+        ("hed", "rule 'hed' matches no module; nearest: 'head'"),
         ("blocks_./norm", "matches no module that multiplies by its weights; modules"),
     ],
 )
@@ -400,6 +449,43 @@ def test_layers_that_can_t_are_refused():
     assert compress.quantized(Bilinear(), X, rules="Dense_0").paths
     made = compress.quantized(net, images, rules=["features/dense", "head"])
     assert made.paths == ("features/dense/kernel", "head/kernel")
+
+
+class Own(nn.Module):
+    """A weight of its own, used in some way."""
+
+    use: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("kernel", nn.initializers.lecun_normal(), (6, 3))
+        if self.is_initializing():
+            return jnp.dot(x, weight)
+        return self.use(x, weight)
+
+
+@pytest.mark.parametrize("use", [operator.matmul, jnp.matmul])
+def test_other_ways_to_multiply_are_named(use):
+    with pytest.raises(ValueError, match="by @, matmul or .* write jnp.dot or jnp.ein"):
+        compress.quantized(Own(use), X)
+
+
+def test_the_network_to_train_is_tried_too():
+    def use(x, weight):
+        if isinstance(weight, jax.Array):  # only there
+            raise TypeError("floats are refused.")
+        return jnp.dot(x, weight)
+
+    with pytest.raises(ValueError, match="use flax's Conv and Dense.*floats are refus"):
+        compress.quantized(Own(use), X)
+
+
+def test_the_setting_that_qwix_can_t_do_with_is_named():
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        pytest.raises(jax.dtypes.TypePromotionError),
+    ):
+        compress.quantized(nn.Dense(4), X)
 
 
 def test_without_qwix_the_extra_is_named(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from jaxtransfer import compress, nets
 from jaxtransfer.compress import report
 from jaxtransfer.model import from_linen
-from jaxtransfer.typing import Variables
+from jaxtransfer.typing import Model, Variables
 from tests.twins import KINDS, jitted, network
 
 KEY = jax.random.key(0)
@@ -45,6 +45,36 @@ def test_operations_are_those_of_one_example():
         for n in (1, 4)
     ]
     assert found == [2 * (8 * 7) * (3 * 3 * 2) * 7] * 2
+
+
+def loops(unroll):
+    """Five times three products of 8 by 8 and as many or two more, as loops."""
+
+    def apply(variables, inputs, **_):
+        def inner(x, weight):
+            return x @ weight, None
+
+        def outer(x, weights):
+            x = jax.lax.scan(inner, x, weights, unroll=unroll)[0]
+            return jax.lax.cond(
+                x[0, 0] > 0,
+                lambda x: jax.lax.scan(inner, x, weights[:3])[0],
+                lambda x: jax.lax.scan(inner, x, weights[:2])[0],
+                x,
+            ), None
+
+        weights = variables.params["weights"]
+        return jax.lax.scan(outer, inputs, weights, unroll=unroll)[0], {}, {}
+
+    return Model(lambda *_: Variables({}), apply)
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 0])
+def test_a_loop_counts_for_every_trip(unroll):
+    variables = Variables({"weights": jnp.ones((5, 3, 8, 8))})
+    inputs = jax.ShapeDtypeStruct((4, 8), jnp.float32)  # zeros do
+    found = compress.measure("x", loops(unroll), variables, inputs, repeats=1, warmup=0)
+    assert found.flops == pytest.approx(5 * (3 + 3) * 2 * 8 * 8, rel=0.03)
 
 
 def test_several_inputs_are_cut_to_one_example():
