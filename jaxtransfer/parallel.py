@@ -291,6 +291,12 @@ def pmap_step(step: Step, axis_name: str = "data") -> Step:
         batch = jax.tree.map(
             lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch
         )
+        if jax.process_count() == 1:
+            # Else a first state is compiled for apart, and each batch moved unasked.
+            places = np.array(jax.local_devices())
+            mesh = Mesh(places, (axis_name,), axis_types=(AxisType.Auto,))
+            state = replicate(state, mesh)
+            batch = jax.device_put(batch, NamedSharding(mesh, P(axis_name)))
         return compiled(state, batch)
 
     return call

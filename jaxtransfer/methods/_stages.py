@@ -81,24 +81,27 @@ def stages(*parts: tuple[int | None, Objective]) -> Objective:
     ) -> tuple[Scalar, tuple[ModelState, Metrics]]:
         updates = count_of(model_state, "stages")
         given = params, frozen, model_state, batch, key
-        names: dict[str, Mean] = {}
+        kinds: dict[str, Mean] = {}  # shape and dtype of every metric
         dtype = jnp.float32
         for _, objective in parts:
             loss, (_, measured) = jax.eval_shape(_promoted(objective), *given)
             dtype = common_dtype(dtype, loss.dtype)
-            names |= {name: Mean(0.0, 0.0) for name in measured}
+            for name, pair in measured.items():
+                kinds[name] = jax.tree.map(_wider, pair, kinds.get(name, pair))
 
         def branch(objective: Objective) -> Callable[..., Any]:
             def run(*given: Any) -> Any:
                 loss, (state, measured) = _promoted(objective)(*given)
-                every = {name: measured.get(name, none) for name, none in names.items()}
-                every = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), every)
+                nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), kinds)
+                every = {**nothing, **measured}
+                every = jax.tree.map(lambda x, z: jnp.asarray(x, z.dtype), every, kinds)
                 state = {**state, "updates": updates + 1}
                 return jnp.asarray(loss, dtype), (state, every)
 
             return run
 
-        number = jnp.searchsorted(jnp.asarray(ends), updates, side="right")
+        starts = jnp.asarray(ends, updates.dtype)
+        number = jnp.searchsorted(starts, updates, side="right")
         return jax.lax.switch(number, [branch(part) for _, part in parts], *given)
 
     return value
@@ -111,6 +114,11 @@ def _ends(lengths: Sequence[int | None]) -> list[int]:
         total += length or 0
         ends.append(total)
     return ends
+
+
+def _wider(one: Any, other: Any) -> jax.ShapeDtypeStruct:
+    """What two stages measure under one name, in float32 at least."""
+    return jax.ShapeDtypeStruct(one.shape, common_dtype(jnp.float32, one, other))
 
 
 def _promoted(objective: Objective) -> Objective:

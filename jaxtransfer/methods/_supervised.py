@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import losses, tree
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -56,6 +57,12 @@ def task_loss(
         accuracy = losses.accuracy(outputs, labels)
         measured["accuracy"] = metrics.mean(accuracy, where=where)
     return metrics.value(task), measured
+
+
+def added(*parts: Scalar) -> Scalar:
+    """Parts of a loss added up, in float32 at least; of other dtypes in the widest."""
+    dtype = common_dtype(jnp.float32, *parts)
+    return sum((jnp.asarray(part, dtype) for part in parts), jnp.zeros((), dtype))
 
 
 def _of_classes(outputs: Any, labels: jax.Array) -> bool:

@@ -261,6 +261,7 @@ def logistic_regression(
 @functools.partial(jax.jit, static_argnames=("classes", "iterations"))
 def _fit_probe(features, labels, classes, l2, iterations, rows):
     dtype = common_dtype(features.dtype, jnp.float32)
+    l2 = jnp.asarray(l2, dtype)
     weight = rows.astype(dtype) / jnp.maximum(jnp.sum(rows, dtype=dtype), 1)
     features = jnp.where(rows[:, None], features.astype(dtype), 0)
     centre = product(weight, features)

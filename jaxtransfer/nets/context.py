@@ -31,7 +31,8 @@ class Context(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Map ``[..., channels]`` to the same shape."""
-        context = self.param("value", nn.initializers.zeros, (self.size,))
+        zeros = nn.initializers.zeros
+        context = self.param("value", zeros, (self.size,), jnp.float32)
         channels = inputs.shape[-1]
         scale = nn.Dense(channels, name="scale")(context)
         shift = nn.Dense(channels, name="shift")(context)
@@ -61,7 +62,8 @@ class ConcatenatedContext(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Map ``[rows, features]`` to ``[rows, features + size]``."""
-        context = self.param("value", nn.initializers.zeros, (self.size,))
+        zeros = nn.initializers.zeros
+        context = self.param("value", zeros, (self.size,), jnp.float32)
         rows = jnp.broadcast_to(context, (*inputs.shape[:-1], self.size))
         return jnp.concatenate([inputs, rows.astype(inputs.dtype)], axis=-1)
 

@@ -104,10 +104,11 @@ class FoldedBatchNorm(nn.Module):
             )
         given = conv.variables["params"]
         features = conv.features
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (features,))
-        var = self.variable("batch_stats", "var", jnp.ones, (features,))
-        scale = self.param("scale", nn.initializers.ones, (features,))
-        offset = self.param("bias", nn.initializers.zeros, (features,))
+        own = (features,), jnp.float32  # whatever JAX's default is, as of Flax's layers
+        mean = self.variable("batch_stats", "mean", jnp.zeros, *own)
+        var = self.variable("batch_stats", "var", jnp.ones, *own)
+        scale = self.param("scale", nn.initializers.ones, *own)
+        offset = self.param("bias", nn.initializers.zeros, *own)
         kernel = given["kernel"]
         *window, _, _ = kernel.shape
         if conv.mask is not None:

@@ -46,23 +46,23 @@ class TaskNorm(nn.Module):
         channels = inputs.shape[-1]
         dtype = common_dtype(inputs.dtype, jnp.float32)
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
-        var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        size = self.variable("batch_stats", "size", jnp.ones, ())
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,), dtype)
+        size = self.variable("batch_stats", "size", jnp.ones, (), dtype)
         if self.use_running_average:
             of_set, spread, rows = mean.value, var.value, size.value
         else:
             of_set = jnp.mean(inputs, axis=(0, 1, 2), dtype=dtype)
             spread = jnp.var(inputs, axis=(0, 1, 2), dtype=dtype)
-            rows = jnp.asarray(float(len(inputs)))
+            rows = jnp.asarray(len(inputs), dtype)
             if not self.is_initializing():
                 mean.value, var.value, size.value = of_set, spread, rows
         own = jnp.mean(inputs, axis=(1, 2), keepdims=True, dtype=dtype)
         own_spread = jnp.var(inputs, axis=(1, 2), keepdims=True, dtype=dtype)
-        slope = self.param("blend_slope", zeros, ())
-        offset = self.param("blend_offset", zeros, ())
-        scale = self.param("scale", ones, (channels,))
-        bias = self.param("bias", zeros, (channels,))
+        slope = self.param("blend_slope", zeros, (), jnp.float32)
+        offset = self.param("blend_offset", zeros, (), jnp.float32)
+        scale = self.param("scale", ones, (channels,), jnp.float32)
+        bias = self.param("bias", zeros, (channels,), jnp.float32)
         with jax.numpy_dtype_promotion("standard"):  # inputs may be narrower
             blend = jax.nn.sigmoid(slope * rows + offset)
             of_set, spread = _per_channel(of_set), _per_channel(spread)

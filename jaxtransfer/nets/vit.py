@@ -120,11 +120,12 @@ class ViT(nn.Module):
             )
         x = _Patches(self.width, self.patch, name="patch_embed")(inputs)
         token = self.param(
-            "cls_token", nn.initializers.normal(1e-6), (1, 1, self.width)
+            "cls_token", nn.initializers.normal(1e-6), (1, 1, self.width), jnp.float32
         )
         tokens = jnp.broadcast_to(token, (x.shape[0], 1, self.width))
         x = jnp.concatenate([tokens, x], axis=1)
-        x = x + self.param("pos_embed", _INITIAL, (1, *x.shape[1:]))
+        places = (1, *x.shape[1:])
+        x = x + self.param("pos_embed", _INITIAL, places, jnp.float32)
         for number in range(self.depth):
             x = _Block(
                 self.heads,

@@ -27,3 +27,22 @@ def common_dtype(*values: Any) -> np.dtype:
     """
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*values)
+
+
+def number(value: Any) -> Any:
+    """A NumPy scalar as the number it is, which gives way to arrays.
+
+    ``np.float64(0.5)``, of a range of values or a file, would turn arrays to float64
+    where ``0.5`` does not.
+
+    Args:
+        value: an option; what is no NumPy scalar stays as it is.
+
+    Returns:
+        The number, or the value.
+
+    Example:
+        >>> number(np.float64(0.5)).__class__, number(None)
+        (<class 'float'>, None)
+    """
+    return value.item() if isinstance(value, np.generic) else value

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtransfer.ops.dtypes import common_dtype
+
 
 def progress(
     step: int | Int[Array, ""] | Float[Array, ""], total_steps: int
@@ -25,7 +27,7 @@ def progress(
     """
     if total_steps <= 0:
         raise ValueError(f"total_steps must be positive, got {total_steps}.")
-    return jnp.clip(jnp.asarray(step, dtype=float) / total_steps, 0.0, 1.0)
+    return jnp.clip(_floating(step) / total_steps, 0.0, 1.0)
 
 
 def dann(
@@ -94,4 +96,10 @@ def cosine(
 
 
 def _clip(value):
-    return jnp.clip(jnp.asarray(value, dtype=float), 0.0, 1.0)
+    return jnp.clip(_floating(value), 0.0, 1.0)
+
+
+def _floating(value):
+    """In float32 at least; numbers and integers in the default of JAX."""
+    dtype = common_dtype(value, float)
+    return jnp.asarray(value, common_dtype(dtype, jnp.float32))

@@ -68,7 +68,7 @@ class History:
 @jax.jit
 def _accumulate(sums: Any, metrics: dict[str, Mean]) -> Any:
     """Add a step's metrics and keep which one was the first with a bad loss."""
-    total, count, bad = sums
+    total, count, bad = sums or ({}, jnp.int32(0), jnp.int32(-1))
     losses = [
         metrics[name].total
         for name in metrics
@@ -79,10 +79,6 @@ def _accumulate(sums: Any, metrics: dict[str, Mean]) -> Any:
         finite &= jnp.all(jnp.isfinite(loss))
     bad = jnp.where((bad < 0) & ~finite, count, bad)
     return metrics_lib.merge(total, metrics), count + 1, bad
-
-
-def _nothing() -> Any:
-    return {}, np.int32(0), np.int32(-1)
 
 
 @functools.partial(jax.jit, static_argnames="unwritten")
@@ -185,7 +181,8 @@ def fit(
     display = Display(steps=steps, start=start, show=progress and chief)
     if resumed and checkpointer is not None:
         display.say(f"resumed at step {start} from {checkpointer.directory}")
-    sums, logged, checked = _nothing(), done, done
+    sums: Any = None  # and no numbers, which each record would bring to the device
+    logged = checked = done
     pending: tuple[int, int, Any] | None = None  # (first, last, sums) to be fetched
 
     def report(kind: str, at: int, values: dict[str, float]) -> None:
@@ -195,16 +192,16 @@ def fit(
             writer.write(kind, at, values)
         display.metrics(kind, at, values)
 
-    def check(first: int, bad: Any) -> None:
-        if (offset := int(bad)) >= 0:
+    def check(first: int, sums: Any) -> None:
+        if sums is not None and (offset := int(sums[2])) >= 0:
             raise _not_finite(first + offset + 1, checkpointer)
 
     def fetch() -> None:
         nonlocal pending
         if pending is not None:
-            (first, last, (total, _, bad)), pending = pending, None
-            check(first, bad)
-            means = _numbers(total)
+            (first, last, found), pending = pending, None
+            check(first, found)
+            means = _numbers(found[0])
             first_loss = sorted(means, key=lambda name: not name.endswith("loss"))
             report("train", last, {name: means[name] for name in first_loss})
 
@@ -213,7 +210,7 @@ def fit(
         if not (force or checkpointer and done % checkpointer.every == 0):
             return
         fetch()
-        check(logged, sums[2])
+        check(logged, sums)
         sound = _all_finite(state.params)
         if not bool(sound & _all_finite(state.model_state, unwritten=True)):
             raise _not_finite(done, checkpointer, what="parameters or model state")
@@ -243,10 +240,10 @@ def fit(
             done += 1
             fetch()
             if done - logged == log_every or done == steps:
-                pending, sums = (logged, done, sums), _nothing()
+                pending, sums = (logged, done, sums), None
                 logged = checked = done
             elif done - checked >= _CHECK_EVERY:
-                check(logged, sums[2])
+                check(logged, sums)
                 checked = done
             display.advance(done)
             save()
@@ -261,7 +258,7 @@ def fit(
                 evaluated = done
         if done > logged:
             pending = (logged, done, sums)
-            sums, logged = _nothing(), done
+            sums, logged = None, done
         fetch()
         if done > start:
             save(force=True)

@@ -10,10 +10,17 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxtransfer.losses.reduction import first_axes, widen
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.typing import Batch, Mean, Metrics, Predict
 
 ABSENT = -1e9
 """Logit of a class that a task does not have."""
+
+
+def absent(dtype: Any) -> float:
+    """``ABSENT``, or the least number of a narrow dtype: in float16 it is infinite."""
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return max(ABSENT, float(jnp.finfo(dtype).min)) if floating else ABSENT
 
 
 def mean(values: ArrayLike, *, where: ArrayLike | None = None) -> Mean:
@@ -69,8 +76,8 @@ def counted(outputs: Any, batch: Batch) -> tuple[Any, jax.Array]:
         outputs: ``[batch, ..., classes]``.
         batch: ``"labels" [batch, ...]``; ``"where"``, for rows that count, whose labels
             may be anything elsewhere and become 0; ``"classes" [classes]`` or ``[batch,
-            classes]``, where the logits of the others become ``ABSENT``, at all places
-            of an example.
+            classes]``, where the logits of the others become :func:`absent`, at all
+            places of an example.
 
     Raises:
         ValueError: ``"classes"`` is not one for each output, or ``"where"`` is not
@@ -88,7 +95,7 @@ def counted(outputs: Any, batch: Batch) -> tuple[Any, jax.Array]:
             )
         if present.ndim > 1:
             present = jnp.expand_dims(present, tuple(range(1, outputs.ndim - 1)))
-        outputs = jnp.where(present, outputs, ABSENT)
+        outputs = jnp.where(present, outputs, absent(outputs.dtype))
     return outputs, labels
 
 
@@ -118,7 +125,9 @@ def norm(tree: Any) -> jax.Array:
         >>> float(norm({"a": jnp.full(1, 3e4, jnp.float16), "b": jnp.full(1, 4e4)}))
         50000.0
     """
-    return optax.tree.norm(jax.tree.map(widen, tree))
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    dtype = common_dtype(jnp.float32, *leaves)
+    return optax.tree.norm([leaf.astype(dtype) for leaf in leaves])
 
 
 def promote(metrics: Metrics) -> dict[str, Mean]:

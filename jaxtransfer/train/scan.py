@@ -64,7 +64,9 @@ def scan_fit(
             evaluates once, at the end.
 
     Returns:
-        The state after the last update, and the history.
+        The state after the last update, and the history. A metric that counted nothing
+        (of another of ``stages``) is not a number there, which ``jax_debug_nans`` takes
+        for an error.
 
     Raises:
         ValueError: ``steps`` is no positive multiple of ``eval_every``.
@@ -117,12 +119,13 @@ def scan_fit(
         carry, metrics = jax.lax.scan(update, carry, length=steps)
         train = _values(metrics)
         evaluation = jax.tree.map(lambda x: x[None], measure(carry))
-        done = first_step + 1 + jnp.arange(steps)
+        done = first_step + 1 + jnp.arange(steps, dtype=first_step.dtype)
     else:
         carry, (train, evaluation) = jax.lax.scan(
             train_block, carry, length=steps // block
         )
-        done = first_step + block * (1 + jnp.arange(steps // block))
+        blocks = 1 + jnp.arange(steps // block, dtype=first_step.dtype)
+        done = first_step + block * blocks
     return carry.replace(frozen=frozen), ScanHistory(done, train, evaluation)
 
 
@@ -177,7 +180,8 @@ def resident(arrays: Any, batch_size: int, *, replacement: bool = False) -> Samp
             rows = jax.random.randint(key, (batch_size,), 0, examples)
         else:
             epoch, batch = step // batches, step % batches
-            places = batch * batch_size + jnp.arange(batch_size)
+            rows = jnp.arange(batch_size, dtype=jnp.result_type(step))
+            places = batch * batch_size + rows
             rows = ops.shuffled(jax.random.fold_in(key, epoch), places, examples)
         return jax.tree.map(lambda x: jnp.asarray(x)[rows], arrays)
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from jaxtransfer import losses, ops, prng, tree
 from jaxtransfer.methods._domains import domains, join
-from jaxtransfer.methods._supervised import task_loss
+from jaxtransfer.methods._supervised import added, task_loss
 from jaxtransfer.methods.adapt.terms import Term, conditioned, rows
+from jaxtransfer.ops.dtypes import common_dtype, number
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -218,8 +219,11 @@ def objective(
                 prng.stream(key, term.name),
                 axis_name,
             )
-            weight = term.weight(progress) if callable(term.weight) else term.weight
-            total = total + weight * term_value
+            weight = number(term.weight)
+            if callable(weight):
+                wide = common_dtype(term_value, jnp.float32)
+                weight = jnp.asarray(weight(progress), wide)
+            total = added(total, weight * term_value)
             found = {term.name: term_value, **term_metrics}
             if twice := found.keys() & measured.keys():
                 raise ValueError(

@@ -27,10 +27,11 @@ class _Match(nn.Module):
             x = adaptive_average_pool(x, (positions[0], positions[1]))
         elif len(positions) == 1 and x.shape[1] != positions[0]:
             x = jax.image.resize(x, (len(x), positions[0], x.shape[-1]), "linear")
-        x = nn.Dense(channels, use_bias=not self.norm, name="channels")(x)
-        if self.norm:
-            x = nn.BatchNorm(not train, momentum=0.9, name="norm")(x)
-            x = nn.relu(x)
+        with jax.numpy_dtype_promotion("standard"):  # features may be narrower or wider
+            x = nn.Dense(channels, use_bias=not self.norm, name="channels")(x)
+            if self.norm:
+                x = nn.BatchNorm(not train, momentum=0.9, name="norm")(x)
+                x = nn.relu(x)
         return x
 
 
@@ -89,13 +90,15 @@ class _Variational(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = inputs
-        for n in range(2):
-            dense = nn.Dense(self.channels, use_bias=False, name=f"hidden_{n}")
-            x = nn.relu(dense(x))
-        mean = nn.Dense(self.channels, use_bias=False, name="mean")(x)
+        with jax.numpy_dtype_promotion("standard"):  # features may be narrower or wider
+            for n in range(2):
+                dense = nn.Dense(self.channels, use_bias=False, name=f"hidden_{n}")
+                x = nn.relu(dense(x))
+            mean = nn.Dense(self.channels, use_bias=False, name="mean")(x)
         # The variance begins at 5.
         first = nn.initializers.constant(jnp.log(jnp.expm1(5.0 - 1e-5)))
-        return mean, self.param("variance", first, (self.channels,))
+        variance = self.param("variance", first, (self.channels,), jnp.float32)
+        return mean, variance.astype(mean.dtype)
 
 
 def variational(student: tuple[int, ...], teacher: tuple[int, ...]) -> Model:

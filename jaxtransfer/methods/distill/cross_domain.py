@@ -3,13 +3,13 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from jaxtransfer import losses
 from jaxtransfer.methods._domains import check_gathered_once, domains, gather, join
-from jaxtransfer.methods._supervised import task_loss
+from jaxtransfer.methods._supervised import added, task_loss
 from jaxtransfer.methods.distill.objective import divergence
 from jaxtransfer.methods.distill.student import check_whole, of_student
+from jaxtransfer.ops.dtypes import number
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -66,6 +66,9 @@ def cross_domain_objective(
             of them ``"where"``, layers of the student are held, or the distance has an
             ``axis_name`` too.
     """
+    temperature, distillation, alignment = map(
+        number, (temperature, distillation, alignment)
+    )
 
     def value(
         params: Params,
@@ -82,27 +85,26 @@ def cross_domain_objective(
             of_student(params, model_state), inputs, train=True, key=key, taps=(tap,)
         )
         measured: Metrics = {}
-        total = jnp.zeros((), jnp.float32)
+        parts: list[Scalar] = []
         if distillation:
             taught, _, _ = teacher.apply(frozen["teacher"], inputs)
             of_source = divergence(logits[:count], taught[:count], temperature)
             of_target = divergence(logits[count:], taught[count:], temperature)
             measured["distillation"] = of_target
-            total += (
-                distillation * (metrics.value(of_source) + metrics.value(of_target)) / 2
-            )
+            both = metrics.value(of_source) + metrics.value(of_target)
+            parts.append(distillation * both / 2)
         if alignment:
             rows = features[tap].reshape(len(inputs), -1)
             check_gathered_once(distance, axis_name, "alignment")
             measured["alignment"] = distance(
                 *gather((rows[:count], rows[count:]), axis_name)
             )
-            total += alignment * measured["alignment"]
+            parts.append(alignment * measured["alignment"])
         if "labels" in source:
             task, own = task_loss(losses.cross_entropy, logits[:count], source)
             measured |= own
-            total += task
-        return total, ({**model_state, "student": student_state}, measured)
+            parts.append(task)
+        return added(*parts), ({**model_state, "student": student_state}, measured)
 
     return value
 

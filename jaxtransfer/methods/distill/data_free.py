@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer import losses, prng
+from jaxtransfer.methods._supervised import added
 from jaxtransfer.methods.distill.objective import divergence
 from jaxtransfer.methods.distill.student import check_whole, init, of_student
+from jaxtransfer.ops.dtypes import number
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -104,6 +106,9 @@ def data_free_objective(
     """
     if examples < 1 or noise < 1:
         raise ValueError(f"examples and noise: got {examples} and {noise}; 1 or more")
+    sure, diverse, active, temperature = map(
+        number, (sure, diverse, active, temperature)
+    )
 
     def value(
         params: Params,
@@ -115,7 +120,7 @@ def data_free_objective(
         del batch
         check_whole(params, frozen)
         draw, own_key, student_key = prng.streams(key, "noise", "generator", "student")
-        z = jax.random.normal(draw, (examples, noise))
+        z = jax.random.normal(draw, (examples, noise), jnp.float32)
         made, _, generator_state = generator.apply(
             Variables(params["generator"], model_state["generator"]),
             z,
@@ -131,17 +136,20 @@ def data_free_objective(
             "sure": metrics.mean(losses.cross_entropy(logits, likeliest)),
             "diverse": jnp.sum(jax.scipy.special.xlogy(shares, shares)),
         }
-        total = sure * metrics.value(measured["sure"]) + diverse * measured["diverse"]
+        addends = [
+            sure * metrics.value(measured["sure"]),
+            diverse * measured["diverse"],
+        ]
         if tap is not None:
             measured["active"] = jnp.mean(jnp.abs(features[tap]))
-            total -= active * measured["active"]
+            addends.append(-active * measured["active"])
         seen = jax.lax.stop_gradient(made)
         guess, _, student_state = student.apply(
             of_student(params, model_state), seen, train=True, key=student_key
         )
         taught = divergence(guess, jax.lax.stop_gradient(logits), temperature)
         measured["distillation"] = taught
-        total += metrics.value(taught)
+        total = added(*addends, metrics.value(taught))
         state = {"student": student_state, "generator": generator_state}
         return total, ({**model_state, **state}, measured)
 

@@ -20,7 +20,8 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, maps: jax.Array) -> jax.Array:
         inner = tuple(range(1, maps.ndim - 1))
-        return nn.Dense(self.classes, name="linear")(jnp.mean(maps, axis=inner))
+        with jax.numpy_dtype_promotion("standard"):  # maps may be narrower or wider
+            return nn.Dense(self.classes, name="linear")(jnp.mean(maps, axis=inner))
 
 
 def exit_head(student: tuple[int, ...], teacher: tuple[int, ...]) -> Model:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxtransfer import losses, prng
-from jaxtransfer.methods._supervised import task_loss
+from jaxtransfer.methods._supervised import added, task_loss
 from jaxtransfer.methods.distill.student import check_whole
-from jaxtransfer.methods.distill.terms import Scheduled, Term, at, evaluate
+from jaxtransfer.methods.distill.terms import Scheduled, Term, evaluate, weigh
 from jaxtransfer.methods.distill.views import Teacher, Terms, Views, bridge_of, sides
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
@@ -194,7 +193,7 @@ def objective(
         state: dict[str, Any] = {**model_state, "student": student_state}
         bridges, carried = dict(state.get("bridges", {})), dict(state.get("terms", {}))
         measured: Metrics = {}
-        total = jnp.zeros((), jnp.float32)
+        parts: list[Scalar] = []
         for name, term in now.items():
             here, there = sides(name, term, own, others)
             if term.bridge is not None:
@@ -214,19 +213,19 @@ def objective(
                 carried=carried,
                 key=prng.stream(key, f"term {name}"),
             )
-            weight = at(updates, term.weight, f"term {name!r}: its weight")
-            total += weight * metrics.value(measured[name])
+            what, found = f"term {name!r}: its weight", metrics.value(measured[name])
+            parts.append(weigh(updates, term.weight, what, found))
         if "labels" in batch:
             task, of_task = task_loss(loss, own[""], batch)
             measured |= of_task
             if callable(task_weight) or task_weight:
-                total += at(updates, task_weight, "task_weight") * task
-        for name, part in (("bridges", bridges), ("terms", carried)):
-            if part:
-                state[name] = part
+                parts.append(weigh(updates, task_weight, "task_weight", task))
+        for name, kept in (("bridges", bridges), ("terms", carried)):
+            if kept:
+                state[name] = kept
         if updates is not None:
             state["updates"] = updates + 1
-        return total, (state, measured)
+        return added(*parts), (state, measured)
 
     return value
 

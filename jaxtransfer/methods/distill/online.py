@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxtransfer import losses
 from jaxtransfer.methods._supervised import Loss, task_loss
+from jaxtransfer.ops.dtypes import number
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import (
     Batch,
@@ -99,6 +100,7 @@ def mutual_objective(
     References:
         Zhang et al., *Deep mutual learning*, CVPR 2018, eqs. 3-6.
     """
+    weight, temperature = number(weight), number(temperature)
 
     def value(
         params: Params,
@@ -113,13 +115,11 @@ def mutual_objective(
             output, _, state = student.apply(
                 Variables(own, state), batch["inputs"], train=True, key=key
             )
-            task, measured = jnp.zeros(()), {}
-            if "labels" in batch:
-                task, measured = task_loss(loss, output, batch)
-            return output, state, task, measured
+            supervised = task_loss(loss, output, batch) if "labels" in batch else None
+            return output, state, supervised
 
         count = len(jax.tree.leaves(params["cohort"])[0])
-        outputs, states, tasks, measured = jax.vmap(one)(
+        outputs, states, supervised = jax.vmap(one)(
             params["cohort"], model_state["cohort"], jax.random.split(key, count)
         )
         where = batch.get("where")
@@ -127,7 +127,11 @@ def mutual_objective(
         if where is not None:
             where = jnp.broadcast_to(metrics.cover(where, mutual[0]), mutual.shape)
         together = metrics.mean(mutual, where=where)
-        total = jnp.sum(tasks) + weight * count * metrics.value(together)
+        total = weight * count * metrics.value(together)
+        measured: Metrics = {}
+        if supervised is not None:
+            tasks, measured = supervised
+            total = jnp.sum(tasks) + total
         measured = {
             name: Mean(jnp.sum(pair.total), jnp.sum(pair.count))
             for name, pair in measured.items()

@@ -20,8 +20,9 @@ class _Fusion(nn.Module):
     @nn.compact
     def __call__(self, *maps: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
         def normed(x: jax.Array, channels: int, size: int, name: str) -> jax.Array:
-            x = nn.Conv(channels, (size, size), use_bias=False, name=name)(x)
-            return nn.BatchNorm(not train, momentum=0.9, name=f"{name}_norm")(x)
+            with jax.numpy_dtype_promotion("standard"):  # maps may be narrower or wider
+                x = nn.Conv(channels, (size, size), use_bias=False, name=name)(x)
+                return nn.BatchNorm(not train, momentum=0.9, name=f"{name}_norm")(x)
 
         carried, outputs = None, []
         for number in reversed(range(len(maps))):
@@ -31,7 +32,8 @@ class _Fusion(nn.Module):
                     carried, (*x.shape[:3], carried.shape[-1]), "nearest"
                 )
                 both = jnp.concatenate([x, deeper], axis=-1)
-                shares = nn.Conv(2, (1, 1), name=f"attention{number}")(both)
+                with jax.numpy_dtype_promotion("standard"):
+                    shares = nn.Conv(2, (1, 1), name=f"attention{number}")(both)
                 shares = nn.sigmoid(shares)
                 x = x * shares[..., :1] + deeper * shares[..., 1:]
             carried = x
@@ -82,13 +84,11 @@ def fusion(*, width: int | None = None) -> Any:
 
 def _reviewed(*maps: jax.Array, **options: Any) -> jax.Array:
     half = len(maps) // 2
-    return sum(
-        (
-            losses.hierarchical_context(own, taught, **options)
-            for own, taught in zip(maps[:half], maps[half:], strict=True)
-        ),
-        jnp.zeros(()),
+    first, *others = (
+        losses.hierarchical_context(own, taught, **options)
+        for own, taught in zip(maps[:half], maps[half:], strict=True)
     )
+    return sum(others, first)
 
 
 def review(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxtransfer import tree
 from jaxtransfer.losses.reduction import widen
+from jaxtransfer.ops.dtypes import number
 from jaxtransfer.train.state import TrainState
 from jaxtransfer.typing import (
     Frozen,
@@ -154,6 +155,7 @@ def moving_average(decay: float) -> Callable[[TrainState], TrainState]:
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: got {decay}; it must lie in 0 … 1")
+    decay = number(decay)
 
     def follow(state: TrainState) -> TrainState:
         if "average" not in state.model_state:

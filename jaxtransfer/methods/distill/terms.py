@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtransfer.losses.reduction import check_mask
+from jaxtransfer.ops.dtypes import number
 from jaxtransfer.train import metrics
 from jaxtransfer.typing import Batch, Mean, Model
 
@@ -83,7 +84,7 @@ class Term:
     @property
     def absent(self) -> bool:
         """Whether the weight is the number 0."""
-        return not callable(self.weight) and self.weight == 0
+        return not callable(self.weight) and number(self.weight) == 0
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -108,7 +109,7 @@ def at(updates: jax.Array | None, value: Any, what: str) -> Any:
         ValueError: it is scheduled and nobody counts.
     """
     if not callable(value):
-        return value
+        return number(value)
     if updates is None:
         raise ValueError(
             f"{what} follows the number of updates, which the model state lacks; "
@@ -116,6 +117,16 @@ def at(updates: jax.Array | None, value: Any, what: str) -> Any:
             "distill.counted(variables)"
         )
     return value(updates)
+
+
+def weigh(updates: Any, weight: Scheduled, what: str, value: jax.Array) -> jax.Array:
+    """A weight now times a value, in the dtype of the value whatever a schedule's is.
+
+    Raises:
+        ValueError: as :func:`at`.
+    """
+    now = at(updates, weight, what)
+    return (jnp.asarray(now, value.dtype) if callable(weight) else now) * value
 
 
 def counting_rows(term: Term, batch: Batch) -> jax.Array | None:

@@ -19,6 +19,7 @@ from jaxtransfer.methods.meta.embedding import (
 )
 from jaxtransfer.methods.meta.learner import Learner, Statistics
 from jaxtransfer.methods.meta.tuning import Body, Head, tuned, uniform_kernel
+from jaxtransfer.ops.dtypes import common_dtype, number
 from jaxtransfer.ops.kernels import squared_distances
 from jaxtransfer.ops.products import product
 from jaxtransfer.typing import Frozen, Model
@@ -42,7 +43,9 @@ def _transformed(how: Transform, frozen: Frozen, features: jax.Array) -> jax.Arr
                 'frozen: no "mean" to centre features by; give the mean [features] of '
                 'the base classes\' features, or choose transform="l2"'
             )
-        features = features - frozen["mean"][None]
+        mean = frozen["mean"]
+        dtype = common_dtype(features, mean)
+        features = features.astype(dtype) - mean.astype(dtype)[None]
     return direction(features)
 
 
@@ -311,6 +314,7 @@ def cosine_head(
     """
     if not scale > 0:
         raise ValueError(f"scale: got {scale}; it must be positive")
+    scale = number(scale)
 
     def score(params, features):
         return scale * cosines(features, params["kernel"].T)

@@ -22,7 +22,7 @@ from jaxtransfer.methods.meta.learner import (
 )
 from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.products import product
-from jaxtransfer.train.metrics import ABSENT, cover
+from jaxtransfer.train.metrics import absent, cover
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -220,8 +220,8 @@ def class_means(features: jax.Array, member: jax.Array) -> jax.Array:
 
 
 def only_present(logits: jax.Array, present: jax.Array) -> jax.Array:
-    """Logits with those of classes that the task lacks at ``ABSENT``."""
-    return jnp.where(present, logits, ABSENT)
+    """Logits with those of classes that the task lacks at :func:`absent`."""
+    return jnp.where(present, logits, absent(logits.dtype))
 
 
 def judged(
@@ -298,8 +298,8 @@ def comparing(
     def init(variables: Variables) -> Variables:
         if own is None:
             return variables
-        strong = jnp.result_type(float)
-        metric = jax.tree.map(lambda value: jnp.asarray(value, strong), own)
+        dtype = common_dtype(jnp.float32, *jax.tree.leaves(variables.params))
+        metric = jax.tree.map(lambda value: jnp.asarray(value, dtype), own)
         params = {"network": variables.params, "metric": metric}
         return Variables(params, variables.model_state)
 

@@ -18,6 +18,7 @@ from jaxtransfer.methods.meta.embedding import (
     only_present,
 )
 from jaxtransfer.methods.meta.learner import Learner, Statistics
+from jaxtransfer.ops.dtypes import number
 from jaxtransfer.ops.kernels import squared_distances
 from jaxtransfer.ops.products import gram, product
 from jaxtransfer.typing import Model
@@ -153,6 +154,7 @@ def matching(
         1-2 and section 2.1.1.
     """
     _check_positive(scale=scale)
+    scale = number(scale)
 
     def fit(metric, frozen, features, member):
         del metric, frozen
@@ -242,7 +244,8 @@ def ridge(
         if released:
             root = jnp.sqrt(jnp.maximum(counts.sum(), 1).astype(rows.dtype))
             rows, targets = rows / root, targets / root
-        system = gram(rows) + jnp.exp(metric["log_strength"]) * jnp.eye(len(rows))
+        identity = jnp.eye(len(rows), dtype=rows.dtype)
+        system = gram(rows) + jnp.exp(metric["log_strength"]) * identity
         dual = jax.scipy.linalg.solve(system, targets, assume_a="pos")
         own = {name: metric[name] for name in ("scale", "offset")}
         return {"kernel": product(rows.T, dual), **own}

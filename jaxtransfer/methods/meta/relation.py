@@ -26,6 +26,7 @@ from jaxtransfer.methods.meta.learner import (
     Visit,
     check_support,
 )
+from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.products import product
 from jaxtransfer.typing import Batch, Frozen, Model, ModelState, Params, Variables
 
@@ -110,9 +111,10 @@ def relation(
         """``[rows * ways, ..., 2 features]``: of every row with every class."""
         rows = len(features)
         shape = (rows, *classes.shape)
+        dtype = common_dtype(classes, features)
         both = (
-            jnp.broadcast_to(classes, shape),
-            jnp.broadcast_to(features[:, None], shape),
+            jnp.broadcast_to(classes, shape).astype(dtype),
+            jnp.broadcast_to(features[:, None], shape).astype(dtype),
         )
         return jnp.concatenate(both, axis=-1).reshape(
             rows * ways, *classes.shape[1:-1], -1

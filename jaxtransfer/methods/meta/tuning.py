@@ -27,6 +27,7 @@ from jaxtransfer.methods.meta.learner import (
     Visit,
     check_support,
 )
+from jaxtransfer.ops.dtypes import number
 from jaxtransfer.typing import (
     Batch,
     Frozen,
@@ -128,7 +129,7 @@ def tuned(
         total, measured = task_loss(losses.cross_entropy, logits, batch)
         if entropy_weight is not None:
             unsure = entropy(params, frozen, model_state, batch, key)
-            total = total + entropy_weight * unsure
+            total = total + number(entropy_weight) * unsure
         return total, (model_state, measured)
 
     def settle(params: Params, *arguments: Any) -> ModelState:
