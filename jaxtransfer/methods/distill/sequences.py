@@ -55,8 +55,9 @@ def sequence_batch(
         >>> batch["inputs"]["target"].tolist(), batch["where"].tolist()
         ([[1, 5, 6, 2]], [[True, True, True, False]])
         >>> ended = jnp.array([[5, 0, 2, 2]])
-        >>> sequence_batch(
-        ...     jnp.ones((1, 2), int), ended, begin=1, padding=2, end=2)["where"].tolist()
+        >>> batch = sequence_batch(
+        ...     jnp.ones((1, 2), int), ended, begin=1, padding=2, end=2)
+        >>> batch["where"].tolist()
         [[True, True, True, False]]
     """
     tokens = _tokens(tokens)
