@@ -23,7 +23,7 @@ quickstart: $(VENV)/.experiments  ## five ways of transfer on embedded data (min
 	$(BIN)/python -m experiments.quickstart $(ARGS)
 
 test: $(VENV)/.test  ## the tests
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 doctest: $(VENV)/.test  ## the examples in the docstrings
 	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests/conftest.py jaxtransfer

@@ -109,8 +109,14 @@ class MetricsWriter:
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, start: int):
+        super().__init__()
+        self._start = start
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
+        if speed is None and task.elapsed:  # a run of fewer than two of its samples
+            speed = (task.completed - self._start) / task.elapsed
         return Text("" if speed is None else f"{speed:,.1f} steps/s", "cyan")
 
 
@@ -134,7 +140,7 @@ class Display:
                 TextColumn("training"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                _Rate(),
+                _Rate(start),
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
                 console=console,
