@@ -310,7 +310,9 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     :func:`~jaxtransfer.model.from_linen` gives a Linen network of the same attribute
     names (``blocks_0`` of a list; of a dict ``heads/a``, where Linen has ``heads_a``);
     a module under two names has the first. Attributes that are arrays and no variables
-    are constants, as they are built with ``nnx.Rngs(0)``.
+    are constants, as they are built with ``nnx.Rngs(0)``. The statistics that batch
+    normalisation writes in training have a gradient, as Linen's have and NNX's by
+    themselves have not.
 
     A trained module comes in with ``lambda rngs: nnx.clone(module)`` as ``build``:
     ``init`` returns its weights and statistics.

@@ -195,7 +195,8 @@ class Checkpointer:
             FileNotFoundError: there is no checkpoint (of that step).
             ValueError: the checkpoint is of another network, optimizer or teacher, or
                 was saved without the position that ``data`` needs, or by another number
-                of processes.
+                of processes; or it comes back in another type, such as float64 where
+                the process has none.
             DamagedCheckpointError: the checkpoint is truncated or changed.
             OSError: it can't be read, such as for want of permission.
         """

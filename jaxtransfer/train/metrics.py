@@ -18,7 +18,15 @@ ABSENT = -1e9
 
 
 def absent(dtype: Any) -> float:
-    """``ABSENT``, or the least number of a narrow dtype: in float16 it is infinite."""
+    """``ABSENT``, or the least number of a dtype in which that is infinite.
+
+    Args:
+        dtype: of the logits.
+
+    Example:
+        >>> absent(jnp.float32), absent(jnp.float16)
+        (-1000000000.0, -65504.0)
+    """
     floating = jnp.issubdtype(dtype, jnp.floating)
     return max(ABSENT, float(jnp.finfo(dtype).min)) if floating else ABSENT
 

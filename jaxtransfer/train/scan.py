@@ -180,8 +180,8 @@ def resident(arrays: Any, batch_size: int, *, replacement: bool = False) -> Samp
             rows = jax.random.randint(key, (batch_size,), 0, examples)
         else:
             epoch, batch = step // batches, step % batches
-            rows = jnp.arange(batch_size, dtype=jnp.result_type(step))
-            places = batch * batch_size + rows
+            within = jnp.arange(batch_size, dtype=jnp.result_type(step))
+            places = batch * batch_size + within
             rows = ops.shuffled(jax.random.fold_in(key, epoch), places, examples)
         return jax.tree.map(lambda x: jnp.asarray(x)[rows], arrays)
 

@@ -14,7 +14,7 @@ from jaxtransfer import tree
 from jaxtransfer.methods.meta.descent import maml
 from jaxtransfer.methods.meta.learned import Learned
 from jaxtransfer.methods.meta.learner import Adapted, Learner, Task, Visit
-from jaxtransfer.ops.dtypes import common_dtype
+from jaxtransfer.ops.dtypes import common_dtype, number
 from jaxtransfer.ops.mapped import mapped_with
 from jaxtransfer.ops.varying import vary, varying_axes
 from jaxtransfer.typing import Batch, Frozen, ModelState, Params
@@ -106,7 +106,7 @@ def implicit_maml(
         Rajeswaran et al., *Meta-learning with implicit gradients*, NeurIPS 2019, eqs.
         3-7; defaults of its Omniglot runs. Neumann: Lorraine et al., AISTATS 2020.
     """
-    strength = float(strength)  # a number of NumPy would widen what it multiplies
+    strength = number(strength)
     if not 0 < strength < math.inf:
         raise ValueError(f"strength: got {strength}; it must be positive and finite")
     if isinstance(optimizer, Learned):
@@ -204,8 +204,7 @@ def implicit_maml(
 def _conjugate_gradient(
     system: Callable[[Params], Params], right: Params, iterations: int
 ) -> Params:
-    leaves = jax.tree.leaves(right)
-    dtype = common_dtype(jnp.float32, *leaves)
+    dtype = common_dtype(jnp.float32, *jax.tree.leaves(right))
 
     def wide(values: Params) -> Params:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), values)
@@ -213,19 +212,19 @@ def _conjugate_gradient(
     def narrow(values: Params) -> Params:
         return jax.tree.map(lambda leaf, own: leaf.astype(own.dtype), values, right)
 
+    wanted = wide(right)
+    leaves = jax.tree.leaves(wanted)
     # Its squares must neither vanish nor overflow; a power of two changes no digit.
-    largest = jnp.stack(
-        [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(wide(right))]
-    )
-    scale = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(jnp.max(largest))[1])
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves]))
+    scale = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(largest)[1])
     found = cg(
         lambda along: wide(system(narrow(along))),
-        jax.tree.map(lambda leaf: leaf / scale, wide(right)),
+        jax.tree.map(lambda leaf: leaf / scale, wanted),
         maxiter=iterations,
         tol=0.0,
     )[0]
     # It answers not-a-number with zeros.
-    lost = jnp.stack([jnp.sum(0.0 * leaf.astype(dtype)) for leaf in leaves]).sum()
+    lost = jnp.stack([jnp.sum(0.0 * leaf) for leaf in leaves]).sum()
     return narrow(jax.tree.map(lambda leaf: leaf * scale + lost, found))
 
 

@@ -14,7 +14,7 @@ from jaxtransfer import prng
 from jaxtransfer.methods._counting import count_of, without_count
 from jaxtransfer.methods.meta.chunks import Chunk, mean_over_tasks
 from jaxtransfer.methods.meta.learner import Learner
-from jaxtransfer.ops.dtypes import common_dtype
+from jaxtransfer.ops.dtypes import common_dtype, number
 from jaxtransfer.train import metrics as metrics_lib
 from jaxtransfer.typing import (
     Batch,
@@ -56,9 +56,9 @@ def multi_step_weights(steps: int, updates: int) -> Callable[[jax.Array], jax.Ar
         speed, the floor and the end are those of its released code, which counts in
         epochs.
     """
-    for name, number in (("steps", steps), ("updates", updates)):
-        if number < 1:
-            raise ValueError(f"{name}: got {number}; it must be 1 or more")
+    for name, count in (("steps", steps), ("updates", updates)):
+        if count < 1:
+            raise ValueError(f"{name}: got {count}; it must be 1 or more")
 
     def weights(count: Any) -> jax.Array:
         progress = jnp.asarray(count) / updates
@@ -179,7 +179,7 @@ def objective(
             params, frozen, (network_state, weights), batch, key
         )
         if collect is not None:
-            network_state = _toward(network_state, states, float(collect))
+            network_state = _toward(network_state, states, number(collect))
         measured = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), measured)
         return loss, (_next(model_state, network_state), measured)
 
