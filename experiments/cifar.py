@@ -6,9 +6,7 @@ not shifted (a teacher that is looked up has seen no shifted ones).
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.common import StudyConfig, check_finite
+from experiments.common import StudyConfig, check_finite, find
 from jaxtransfer import data, nets, pretrained, prng
 from jaxtransfer.model import from_linen
 from jaxtransfer.typing import Model, Variables
@@ -86,32 +84,13 @@ def read(config: CifarConfig, split: str, per_class: int) -> Images:
     return Images(jnp.asarray(inputs), jnp.asarray(arrays["labels"]))
 
 
-def weights_file(config: CifarConfig) -> Path:
-    """The teacher's file.
-
-    Raises:
-        FileNotFoundError: it is nowhere.
-    """
-    folders = (config.data_dir or os.environ.get("JAXTRANSFER_DATA_DIR", "")).split(
-        os.pathsep
-    )
-    places = [Path(config.weights).expanduser()]
-    places += [Path(f, "weights", config.weights).expanduser() for f in folders if f]
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(
-        f"weights: no file {config.weights!r}, nor under weights/ of {folders}; give "
-        "its path with --weights, or the folder above with --data-dir"
-    )
-
-
 def read_teacher(config: CifarConfig, model: Model) -> Variables:
     """The trained teacher; every entry of its file is used."""
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     if config.weights == "random":
         return jax.jit(model.init)(jax.random.key(0), jnp.zeros(image.shape))
-    return pretrained.load(weights_file(config), model, image)[0]
+    file = find("weights", config.weights, config, under="weights")
+    return pretrained.load(file, model, image)[0]
 
 
 def resnet(config: CifarConfig, depth: int, **options: Any) -> Model:

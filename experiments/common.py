@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -241,6 +242,31 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
                 "line to train that again, or leave the folder out"
             ) from error
     return found
+
+
+def find(option: str, name: str, config: StudyConfig, *, under: str = "") -> Path:
+    """A file or folder that an option names: a path, or one below --data-dir.
+
+    Args:
+        option: name of the option, for the error.
+        name: what was given.
+        config: the options.
+        under: where it lies in a folder of --data-dir.
+
+    Raises:
+        FileNotFoundError: it is nowhere.
+    """
+    given = config.data_dir or os.environ.get("JAXTRANSFER_DATA_DIR", "")
+    folders = list(filter(None, given.split(os.pathsep)))
+    places = [Path(name), *(Path(folder, under, name) for folder in folders)]
+    for place in places:
+        if (found := place.expanduser()).exists():
+            return found
+    below = f"under {under}/ of" if under else "in"
+    raise FileNotFoundError(
+        f"{option}: no {name!r}, nor {below} {folders}; give its path with "
+        f"--{option.replace('_', '-')}, or the folder above with --data-dir"
+    )
 
 
 def check_finite(row: str, losses: Any, updates: int) -> None:

@@ -1,6 +1,6 @@
 """Random changes of images: one at a time for `batches`, or many on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,23 @@ from jaxtransfer.typing import AnyArray
 Augment = Callable[[Example, np.random.Generator], Example]
 
 
-def random_crop(*, pad: int) -> Augment:
+def _moved(
+    example: Example, fields: Sequence[str], move: Callable[[np.ndarray], np.ndarray]
+) -> Example:
+    """The example with some fields moved, if no other lies on the same pixels."""
+    if absent := [name for name in fields if name not in example]:
+        raise ValueError(f"fields: the example has no {absent}, but {sorted(example)}")
+    height, width = example[fields[0]].shape[:2]
+    for name, value in example.items():
+        if name not in fields and np.shape(value)[:2] == (height, width):
+            raise ValueError(
+                f"{name!r} is of {height} x {width} pixels, as {fields[0]!r} is, and "
+                f"would not be moved with it; give fields={(*fields, name)}"
+            )
+    return {**example, **{name: move(example[name]) for name in fields}}
+
+
+def random_crop(*, pad: int, fields: Sequence[str] = ("inputs",)) -> Augment:
     """Shift images by up to `pad` pixels.
 
     The image is padded on every side and a window of the old size is cut at a uniformly
@@ -22,13 +38,16 @@ def random_crop(*, pad: int) -> Augment:
 
     Args:
         pad: pixels on every side, 0 or more and less than the sides of the images.
+        fields: what is moved, all in the same way: images, and labels or masks of their
+            pixels `("inputs", "labels")`.
 
     Returns:
-        A function `(example, generator) -> example` that changes `inputs` `[height,
-        width, channels]`.
+        A function `(example, generator) -> example` that changes the fields, each
+        `[height, width, ...]`.
 
     Raises:
-        ValueError: negative `pad`.
+        ValueError: negative `pad`, or, when called, an example without a field or with
+            another of as many pixels.
 
     Example:
         >>> crop = random_crop(pad=2)
@@ -40,28 +59,35 @@ def random_crop(*, pad: int) -> Augment:
         raise ValueError(f"pad={pad} must be at least 0")
 
     def augment(example: Example, generator: np.random.Generator) -> Example:
-        image = example["inputs"]
-        height, width = image.shape[:2]
-        padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
         top, left = generator.integers(0, 2 * pad + 1, size=2)
-        window = padded[top : top + height, left : left + width]
-        return {**example, "inputs": window}
+
+        def move(image: np.ndarray) -> np.ndarray:
+            height, width = image.shape[:2]
+            edges = [(pad, pad)] * 2 + [(0, 0)] * (image.ndim - 2)
+            padded = np.pad(image, edges, mode="reflect")
+            return padded[top : top + height, left : left + width]
+
+        return _moved(example, fields, move)
 
     return augment
 
 
-def horizontal_flip(*, probability: float = 0.5) -> Augment:
+def horizontal_flip(
+    *, probability: float = 0.5, fields: Sequence[str] = ("inputs",)
+) -> Augment:
     """Mirror images left to right.
 
     Args:
         probability: of mirroring, in `[0, 1]`.
+        fields: what is mirrored together, as in `random_crop`.
 
     Returns:
-        A function `(example, generator) -> example` that changes `inputs` `[height,
-        width, channels]`.
+        A function `(example, generator) -> example` that changes the fields, each
+        `[height, width, ...]`.
 
     Raises:
-        ValueError: `probability` outside `[0, 1]`.
+        ValueError: `probability` outside `[0, 1]`, or, when called, an example without
+            a field or with another of as many pixels.
 
     Example:
         >>> flip = horizontal_flip(probability=1.0)
@@ -73,9 +99,8 @@ def horizontal_flip(*, probability: float = 0.5) -> Augment:
         raise ValueError(f"probability={probability} must lie in [0, 1]")
 
     def augment(example: Example, generator: np.random.Generator) -> Example:
-        if generator.random() >= probability:
-            return example
-        return {**example, "inputs": example["inputs"][:, ::-1]}
+        mirrored = generator.random() < probability
+        return _moved(example, fields, lambda x: x[:, ::-1] if mirrored else x)
 
     return augment
 

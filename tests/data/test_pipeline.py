@@ -371,6 +371,40 @@ def test_random_crop_moves_and_flip_mirrors():
     assert 70 < sum(flips) < 130
 
 
+CHANGES = {"crop": data.random_crop(pad=2), "flip": data.horizontal_flip()}
+
+
+def test_labels_of_pixels_move_with_the_image():
+    """Every pixel keeps its label, and so does a mask."""
+    fields = ("inputs", "labels", "where")
+    change = data.compose(
+        data.random_crop(pad=2, fields=fields), data.horizontal_flip(fields=fields)
+    )
+    labels = np.arange(30).reshape(5, 6)
+    example = {
+        "inputs": np.stack([labels, 2 * labels], -1),
+        "labels": labels,
+        "where": labels % 3 > 0,
+    }
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        moved = change(example, generator)
+        assert not np.array_equal(moved["labels"], labels)
+        np.testing.assert_array_equal(moved["inputs"][..., 1], 2 * moved["labels"])
+        np.testing.assert_array_equal(moved["where"], moved["labels"] % 3 > 0)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_labels_of_pixels_are_not_left_behind(change):
+    generator = np.random.default_rng(0)
+    example = {"inputs": np.zeros((5, 6, 1)), "labels": np.zeros((5, 6))}
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"fields=\('inputs', 'labels'\)"):
+            change(example, generator)
+    with pytest.raises(ValueError, match="fields: the example has no"):
+        change({"image": example["inputs"]}, generator)
+
+
 @pytest.mark.parametrize("kind", ["crop", "flip"])
 def test_augmentations_refuse(kind):
     """Negative padding, a probability above one."""
