@@ -94,8 +94,8 @@ def quantized(
             NNX module, not the function that builds it.
         ValueError: a rule matches no module that has parameters, no weight would be
             quantized (embeddings never are), or a layer multiplies its weights in
-            another shape than it holds them (:func:`~jaxtransfer.nets.PatchConv`) or
-            by ``@``, which can't be done; (at a call) ``integer`` is to be trained, or
+            another shape than it holds them (:class:`~jaxtransfer.nets.Conv4`) or by
+            ``@``, which can't be done; (at a call) ``integer`` is to be trained, or
             what is converted is in integers already.
 
     Example:
@@ -263,8 +263,11 @@ def _providers() -> tuple[Any, Any]:
     return Trained, Served
 
 
+_CONV = "jax.lax.conv_general_dilated"
+_PATCH_CONV = "jaxtransfer.nets.layers.conv_general_dilated"
 _PRODUCTS = (
-    "jax.lax.conv_general_dilated",
+    _CONV,
+    _PATCH_CONV,
     "jax.lax.dot_general",
     "jax.numpy.dot",
     "jax.numpy.einsum",
@@ -275,7 +278,9 @@ def _widened(functions: dict[str, Any], provider: Any) -> dict[str, Any]:
     """Qwix's products, made in float32 where they would be in float16.
 
     There its scales below 0.008 become 1, and sums of integers over 65504 infinite.
+    Convolutions of :func:`~jaxtransfer.nets.PatchConv` are made as JAX's.
     """
+    functions = functions | {_PATCH_CONV: functions[_CONV]}
     wide = {
         name: _wide(functions[name], provider)
         for name in _PRODUCTS

@@ -6,10 +6,11 @@ from typing import Any
 from flax import linen as nn
 from flax import nnx
 
+from jaxtransfer.ops.depthwise import depthwise_conv
 from jaxtransfer.ops.patches import conv
 
 
-def _conv_general_dilated(
+def conv_general_dilated(
     inputs,
     kernel,
     strides,
@@ -22,19 +23,28 @@ def _conv_general_dilated(
     precision=None,
     **others,
 ):
+    """What Flax's layers call in place of `jax.lax.conv_general_dilated`.
+
+    By its name `compress.quantized` knows it.
+    """
     del dimension_numbers  # Flax layers are always channels last.
     dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    if dilated or feature_group_count != 1:
+    channels, groups = inputs.shape[-1], feature_group_count
+    depthwise = 1 < groups == channels == kernel.shape[-1]
+    if dilated or not (groups == 1 or depthwise):
         raise ValueError(
-            "PatchConv has no dilation and no groups, got input_dilation="
-            f"{lhs_dilation}, kernel_dilation={rhs_dilation}, feature_group_count="
-            f"{feature_group_count}; use the Conv of Flax for those."
+            "PatchConv has no dilation, and one group or, with as many features as "
+            f"channels, one a channel; got input_dilation={lhs_dilation}, "
+            f"kernel_dilation={rhs_dilation}, feature_group_count={groups} of "
+            f"{channels} channels; use the Conv of Flax for those."
         )
     given = {name: value for name, value in others.items() if value is not None}
     if given:
         raise ValueError(
             f"PatchConv has no {', '.join(given)}, got {given}; use the Conv of Flax."
         )
+    if depthwise:  # sums of products, of full precision
+        return depthwise_conv(inputs, kernel, strides=strides, padding=padding)
     return conv(inputs, kernel, strides=strides, padding=padding, precision=precision)
 
 
@@ -44,23 +54,25 @@ def PatchConv(
     strides: int | Sequence[int] | None = 1,
     **options: Any,
 ) -> nn.Conv:
-    """`flax.linen.Conv` computed by `jaxtransfer.ops.conv`.
+    """`flax.linen.Conv` computed by `jaxtransfer.ops.conv` or ``.depthwise_conv``.
 
     The same options, parameters (``kernel``, ``bias``), names, initial values and
-    outputs; fast under ``vmap`` over parameters, as MAML needs it.
+    outputs; fast under ``vmap`` over parameters, as MAML needs it, and on a CPU where
+    each channel is a group of its own.
 
     Args:
         features: Channels of the output.
         kernel_size: Size of the window per spatial axis.
         strides: Step of the window, one for all or one per spatial axis.
         **options: The other fields of `flax.linen.Conv`: ``padding``, ``use_bias``,
-            ``name``, ... No dilation and no groups.
+            ``name``, ... No dilation, and no groups but one a channel with as many
+            features as channels.
 
     Returns:
         The module.
 
     Raises:
-        ValueError: When called on inputs, if it has dilation or groups.
+        ValueError: When called on inputs, if it has dilation or other groups.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -70,7 +82,7 @@ def PatchConv(
         >>> outputs.shape, sorted(variables["params"])
         ((1, 2, 2, 8), ['bias', 'kernel'])
     """
-    options["conv_general_dilated"] = _conv_general_dilated
+    options["conv_general_dilated"] = conv_general_dilated
     return nn.Conv(features, kernel_size, strides, **options)
 
 
@@ -83,10 +95,11 @@ def NNXPatchConv(
     rngs: nnx.Rngs,
     **options: Any,
 ) -> nnx.Conv:
-    """`flax.nnx.Conv` computed by `jaxtransfer.ops.conv`.
+    """`flax.nnx.Conv` computed by `jaxtransfer.ops.conv` or ``.depthwise_conv``.
 
     The same options, attributes (``kernel``, ``bias``), initial values and outputs;
-    fast under ``vmap`` over parameters, as MAML needs it.
+    fast under ``vmap`` over parameters, as MAML needs it, and on a CPU where each
+    channel is a group of its own.
 
     Args:
         in_features: Channels of the input.
@@ -95,7 +108,8 @@ def NNXPatchConv(
         strides: Step of the window, one for all or one per spatial axis.
         rngs: Where the initial values come from.
         **options: The other arguments of `flax.nnx.Conv`: ``padding``, ``use_bias``,
-            ... No dilation, no groups and no ``preferred_element_type``.
+            ... No dilation, no ``preferred_element_type``, and no groups but one a
+            channel with as many features as channels.
 
     Returns:
         The module.
@@ -110,7 +124,7 @@ def NNXPatchConv(
         >>> layer(jnp.ones((1, 4, 4, 3))).shape
         (1, 2, 2, 8)
     """
-    options["conv_general_dilated"] = _conv_general_dilated
+    options["conv_general_dilated"] = conv_general_dilated
     return nnx.Conv(
         in_features, out_features, kernel_size, strides, rngs=rngs, **options
     )

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.nets.layers import PatchConv
 from jaxtransfer.typing import AnyArray
 
 Stages = tuple[tuple[int, int, int, int], ...]
@@ -49,7 +50,10 @@ class _ConvNorm:
         depthwise: bool = False,
     ) -> jax.Array:
         around = ((size // 2, size // 2),) * 2
-        x = nn.Conv(
+        # Parameters and outputs are the same: see `ops.depthwise_conv`.
+        on_cpu = jax.default_backend() == "cpu"
+        conv = PatchConv if depthwise and on_cpu else nn.Conv
+        x = conv(
             filters,
             (size, size),
             strides=(stride, stride),

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxtransfer.ops.patches import max_pool
 from jaxtransfer.typing import AnyArray
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -102,8 +103,7 @@ class ImageNetResNet(nn.Module):
             name="conv1",
         )(inputs)
         x = self.norm(use_running_average=not train, momentum=0.9, name="bn1")(x)
-        around: Any = _AROUND  # Flax's annotation knows only names of paddings
-        x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding=around)
+        x = max_pool(nn.relu(x), window=3, strides=2, padding=1)
         for stage, blocks in enumerate(self.stages or _STAGES[self.depth]):
             for number in range(blocks):
                 block = _Block(

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxtransfer.ops.patches import max_pool
 from jaxtransfer.ops.pooling import adaptive_average_pool
 from jaxtransfer.typing import AnyArray
 
@@ -87,7 +88,7 @@ class VGG(nn.Module):
                     number += 1
                 x = nn.relu(x)
                 number += 1
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = max_pool(x)
             number += 1
         x = adaptive_average_pool(x, (7, 7))
         x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)

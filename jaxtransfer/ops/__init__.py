@@ -1,6 +1,7 @@
 """Array operations that the losses, networks and methods are built from."""
 
 from jaxtransfer.ops.chunked import chunked_mean
+from jaxtransfer.ops.depthwise import depthwise_conv
 from jaxtransfer.ops.fourier import fourier_sums
 from jaxtransfer.ops.kernels import (
     mean_squared_distance,
@@ -27,6 +28,7 @@ __all__ = [
     "conv",
     "cosine",
     "dann",
+    "depthwise_conv",
     "extract_patches",
     "fourier_sums",
     "gaussian_kernel_sum",

@@ -71,7 +71,7 @@ def conv(
             f"inputs have {inputs.shape[-1]} channels (shape {inputs.shape}), kernel "
             f"expects {channels} (shape {kernel.shape}); inputs are channels last."
         )
-    inputs, strides, sizes = _padded(inputs, window, strides, padding)
+    inputs, strides, sizes = padded_windows(inputs, window, strides, padding)
     if algorithm not in ("auto", "patches", "winograd"):
         raise ValueError(
             f'algorithm must be "auto", "patches" or "winograd", got {algorithm!r}.'
@@ -128,7 +128,7 @@ def extract_patches(
             "inputs must be [..., *spatial, channels], got shape "
             f"{inputs.shape} for a window of {tuple(window)}."
         )
-    inputs, strides, sizes = _padded(inputs, window, strides, padding)
+    inputs, strides, sizes = padded_windows(inputs, window, strides, padding)
     return _columns(inputs, window, strides, sizes)
 
 
@@ -137,7 +137,9 @@ def _is_wide(array):
     return common_dtype(array, jnp.float32) == common_dtype(array)
 
 
-def _padded(inputs, window, strides, padding):
+def padded_windows(
+    inputs: Array, window: Sequence[int], strides: Any, padding: Any
+) -> tuple[Array, tuple[int, ...], list[int]]:
     """Padded inputs, the step per axis, and how many windows fit along each."""
     rank = len(window)
     strides = _per_axis(strides, rank, "strides")
@@ -171,28 +173,32 @@ def max_pool(
     inputs: Float[Array, "*batch height width channels"],
     *,
     window: int | Sequence[int] = 2,
-    padding: str = "VALID",
+    strides: int | Sequence[int] | None = None,
+    padding: Padding = "VALID",
 ) -> Float[Array, "*batch height_out width_out channels"]:
-    """Maximum over non-overlapping windows, by reshape and choices between two.
+    """Maximum over windows, by choices between two.
 
-    Equal to ``flax.linen.max_pool`` with strides equal to the window, also in its
-    gradient, which goes to the first of equal maxima, and faster than
-    ``reduce_window`` on CPU. (The gradient of ``jnp.max`` compares the maximum with the
-    values once more; where a compiler computes those anew and rounds otherwise, nothing
-    is equal and the gradient is not a number.)
+    Equal to ``flax.linen.max_pool``, also in its gradient, which goes to the first of
+    equal maxima, and on a CPU many times as fast as the gradient of ``reduce_window``;
+    elsewhere windows that overlap are left to that one. (The gradient of ``jnp.max``
+    compares the maximum with the values once more; where a compiler computes those anew
+    and rounds otherwise, nothing is equal and the gradient is not a number.)
 
     Args:
         inputs: [..., height, width, channels].
         window: Height and width of the window, or one number for both.
+        strides: Its step down and to the right, or one number for both; default the
+            window itself, so that none overlap.
         padding: "VALID" drops an incomplete last window; "SAME" completes it, one half
             in front and one behind, the odd row or column behind ("SAME_LOWER": in
-            front).
+            front); one width, or a width or (before, after) per axis, smaller than the
+            window.
 
     Returns:
         [..., height_out, width_out, channels].
 
     Raises:
-        ValueError: If the padding is unknown or no window fits.
+        ValueError: If the padding is unknown or too wide, or no window fits.
 
     Example:
         >>> import jax.numpy as jnp
@@ -200,40 +206,62 @@ def max_pool(
         [5.0, 7.0, 13.0, 15.0]
     """
     window = _per_axis(window, 2, "window")
+    strides = window if strides is None else _per_axis(strides, 2, "strides")
     if inputs.ndim < 3:
         raise ValueError(
             f"inputs must be [..., height, width, channels], got shape {inputs.shape}."
         )
-    *lead, height, width, channels = inputs.shape
-    if str(padding).upper() not in _NAMED:
+    lead, spatial = inputs.shape[:-3], inputs.shape[-3:-1]
+    fill = _pads(padding, spatial, window, strides)
+    if any(max(pad) >= size for pad, size in zip(fill, window, strict=True)):
         raise ValueError(
-            f'padding must be "SAME", "SAME_LOWER" or "VALID", got {padding!r}.'
+            f"padding must be smaller than the window {window}, got {padding!r}: "
+            "there is no maximum of nothing."
         )
-    fill = _pads(padding, (height, width), window, window)
-    if any(map(any, fill)):
-        # With copies of the edge, which lies in the same window: no new maximum.
-        pads = [(0, 0)] * len(lead) + fill + [(0, 0)]
-        inputs = jnp.pad(inputs, pads, mode="edge")
-        height, width = inputs.shape[-3:-1]
-    rows, columns = height // window[0], width // window[1]
-    if not rows or not columns:
-        raise ValueError(
-            f"the window {window} is larger than the inputs {(height, width)}."
-        )
+    floating = jnp.issubdtype(inputs.dtype, jnp.floating)
+    lowest = -np.inf if floating else jnp.iinfo(inputs.dtype).min
+    least = np.array(lowest, inputs.dtype)  # of NumPy: a constant in a trace, too
+    none = (0, 0, 0)
+    pads = [*(none for _ in lead), *((*pad, 0) for pad in fill), none]
+    inputs = jax.lax.pad(inputs, least, pads)
+    spatial = inputs.shape[-3:-1]
+    if any(size < needed for size, needed in zip(spatial, window, strict=True)):
+        raise ValueError(f"the window {window} is larger than the inputs {spatial}.")
+    if strides != window and jax.default_backend() != "cpu":
+        sizes, steps = ((*(1 for _ in lead), *n, 1) for n in (window, strides))
+        return jax.lax.reduce_window(inputs, least, jax.lax.max, sizes, steps, "VALID")
+    if strides != window:
+        for axis in (-2, -3):
+            inputs = _largest(_shifted(inputs, axis, window, strides))
+        return inputs
+    rows, columns = (size // step for size, step in zip(spatial, window, strict=True))
     inputs = inputs[..., : rows * window[0], : columns * window[1], :]
-    inputs = inputs.reshape(*lead, rows, window[0], columns, window[1], channels)
-    return _largest(_largest(inputs, -2), -3)
+    inputs = inputs.reshape(
+        *lead, rows, window[0], columns, window[1], inputs.shape[-1]
+    )
+    for axis in (-2, -3):
+        places = range(inputs.shape[axis])
+        inputs = _largest(
+            jax.lax.index_in_dim(inputs, n, axis, keepdims=False) for n in places
+        )
+    return inputs
 
 
-def _largest(values, axis):
-    """The largest along an axis; the first of equals, and not-a-number above all."""
+def _largest(parts):
+    """The largest of arrays; the first of equals, and not-a-number above all."""
 
     def larger(first, second):
         return jnp.where((first >= second) | (first != first), first, second)
 
-    size = values.shape[axis]
-    parts = (jax.lax.index_in_dim(values, n, axis, keepdims=False) for n in range(size))
     return functools.reduce(larger, parts)
+
+
+def _shifted(values, axis, window, strides):
+    """What lies under each place of a window along one of the axes -3 and -2."""
+    window, stride = window[axis + 1], strides[axis + 1]
+    span = (values.shape[axis] - window) // stride * stride + 1
+    for place in range(window):
+        yield jax.lax.slice_in_dim(values, place, place + span, stride, axis)
 
 
 def _integers(value: Any, rank: int) -> tuple[int, ...]:

@@ -437,18 +437,30 @@ def test_embeddings_stay_in_floating_point(module, inputs, count):
         compress.quantized(module, inputs, rules="embedding")
 
 
+def test_convolutions_by_patches_are_those_of_jax_in_integers():
+    images = jax.random.normal(KEY, (2, 28, 28, 1))
+    found = []
+    for conv in (nn.Conv, nets.PatchConv):
+        made = compress.quantized(nets.LeNet(3, (2, 3), 4, conv=conv), images)
+        variables = made.model.init(KEY, images)
+        trained = jitted(made.model).apply(variables, images)[0]
+        served = jitted(made.integer).apply(made.convert(variables), images)[0]
+        found.append((made.paths, trained, served))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert "features/conv_0/kernel" in found[0][0]
+
+
 def test_layers_that_can_t_are_refused():
     images = jnp.ones((1, 28, 28, 1))
-    net = nets.LeNet(10, conv=nets.PatchConv)
+    net = nets.Conv4(5)
     with pytest.raises(ValueError, match="multiplies its weights in another shape"):
         compress.quantized(net, images)
     with pytest.raises(ValueError, match="in another shape .*'features/block_0/conv'"):
-        compress.quantized(nets.Conv4(5), images)
+        compress.quantized(net, images)
     with pytest.raises(ValueError, match="'kernel' is one. .* .'Dense_0/kernel"):
         compress.quantized(Bilinear(), X)
     assert compress.quantized(Bilinear(), X, rules="Dense_0").paths
-    made = compress.quantized(net, images, rules=["features/dense", "head"])
-    assert made.paths == ("features/dense/kernel", "head/kernel")
+    assert compress.quantized(net, images, rules="head").paths == ("head/kernel",)
 
 
 class Own(nn.Module):

@@ -194,6 +194,40 @@ def test_max_pool_equals_flax(padding, window, height, width):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *results)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [
+        ((3, 3), (2, 2), ((1, 1), (1, 1))),
+        ((3, 2), (1, 2), ((2, 0), (0, 1))),
+        ((2, 3), (3, 1), "VALID"),
+        ((3, 3), (2, 2), "SAME"),
+    ],
+)
+def test_windows_that_overlap_or_leave_gaps_equal_flax(
+    window, strides, padding, backend, monkeypatch
+):
+    """Ties among the values, and the gradient of each to the first of them."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    inputs = jnp.round(_inputs((2, 7, 6, 3)))
+
+    def total(pool, x):
+        out = pool(x)
+        return jnp.sum(jnp.sin(out) * jnp.arange(out.size).reshape(out.shape)), out
+
+    theirs = functools.partial(
+        nn.max_pool, window_shape=window, strides=strides, padding=padding
+    )
+    ours = functools.partial(
+        ops.max_pool, window=window, strides=strides, padding=padding
+    )
+    results = [
+        jax.jit(jax.grad(functools.partial(total, pool), has_aux=True))(inputs)
+        for pool in (ours, theirs)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *results)
+
+
 def test_max_pool_window_ties_and_errors():
     assert ops.max_pool(jnp.ones((6, 6, 1)), window=(3, 2)).shape == (2, 3, 1)
     gradient = jax.grad(lambda x: ops.max_pool(x).sum())(jnp.zeros((2, 2, 1)))
@@ -204,6 +238,10 @@ def test_max_pool_window_ties_and_errors():
         ops.max_pool(jnp.ones((4, 4, 1)), padding="FULL")
     with pytest.raises(ValueError, match=r"window \(5, 5\) is larger"):
         ops.max_pool(jnp.ones((4, 4, 1)), window=5)
+    with pytest.raises(ValueError, match="padding must be smaller than the window"):
+        ops.max_pool(jnp.ones((4, 4, 1)), padding=2)
+    three = ops.max_pool(jnp.arange(10.0).reshape(5, 2, 1), window=(3, 1), strides=1)
+    assert three[..., 0].tolist() == [[4, 5], [6, 7], [8, 9]]
 
 
 OPTIONS = [
@@ -255,8 +293,8 @@ def test_max_pool_pads_integers_too(types_unchecked):
 
 def test_layers_refuse_what_they_lack():
     for options in ({"kernel_dilation": 2}, {"feature_group_count": 3}):
-        with pytest.raises(ValueError, match="PatchConv has no dilation and no groups"):
-            PatchConv(3, (3, 3), **options).init(jax.random.key(0), _inputs())
+        with pytest.raises(ValueError, match="PatchConv has no dilation, and"):
+            PatchConv(6, (3, 3), **options).init(jax.random.key(0), _inputs())
     options = {"dtype": jnp.bfloat16, "preferred_element_type": jnp.float32}
     layer = NNXPatchConv(3, 4, (3, 3), **options, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="PatchConv has no preferred_element_type"):
