@@ -8,16 +8,22 @@ Under ``pmap`` and ``shard_map`` each device sees its own part; build the step w
 
 import ctypes
 import functools
+import hashlib
 import os
+import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtransfer.processes import exchange, wait
 from jaxtransfer.typing import Batch, Step
+
+_PATIENCE = 600.0  # seconds that a batch waits for those of other processes
+AnyStep = TypeVar("AnyStep", bound=Callable[[Any, Batch], Any])
 
 
 def make_mesh(
@@ -49,8 +55,48 @@ def _check_divisible(batch: Batch, parts: int) -> None:
             )
 
 
+_agreed: set[Any] = set()
+
+
+def _check_agreed(batch: Batch, mesh: Mesh | None) -> None:
+    """Wait until every process has given a batch of these shapes, at the first.
+
+    Each works out the shape of the global batch from the rows that it has itself. With
+    unequal numbers the processes would run different programs and add up what does
+    not belong together, and none would notice.
+    """
+    if jax.process_count() == 1:
+        return
+    shapes = tuple(
+        (jax.tree_util.keystr(path), np.shape(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    )
+    if not shapes or (shapes, mesh) in _agreed:
+        return
+    devices = jax.devices() if mesh is None else mesh.devices.flat
+    processes = sorted({device.process_index for device in devices})
+    here = len(jax.local_devices() if mesh is None else mesh.local_devices)
+    if len(processes) > 1:
+        each = [(path, shape[0] // here, shape[1:]) for path, shape in shapes]
+        digest = hashlib.sha256(repr((each, processes)).encode()).hexdigest()
+        if not wait(f"jaxtransfer/batch/{digest[:32]}", _PATIENCE, processes):
+            given = ", ".join(f"batch{path}: {shape}" for path, shape in shapes)
+            raise ValueError(
+                f"batch: process {jax.process_index()} gives {given}, and within "
+                f"{_PATIENCE:.0f} seconds not every other process gave the same; give "
+                "as many rows in every process (data: batches of one size, as many in "
+                "each shard)"
+            )
+    _agreed.add((shapes, mesh))
+
+
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Lay this host's part of a batch over the mesh.
+
+    With several hosts every process must give as many rows (a device). At the first
+    batch of a shape they wait until all have given it; a shape that comes back is not
+    looked at again.
 
     Args:
         batch: pytree of host arrays ``[batch, ...]``; with several hosts, each
@@ -61,9 +107,11 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
         Global arrays, split along their first axis.
 
     Raises:
-        ValueError: the first axis is not a multiple of the local devices.
+        ValueError: the first axis is not a multiple of the local devices; or another
+            process has not given as many rows within ten minutes.
     """
     _check_divisible(batch, len(mesh.local_devices))
+    _check_agreed(batch, mesh)
     sharding = NamedSharding(mesh, P(*mesh.axis_names))
 
     def place(leaf: Any) -> Any:
@@ -78,9 +126,45 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(place, batch)
 
 
+def _check_same(tree: Any, mesh: Mesh) -> None:
+    """Refuse values that each process has of its own and that differ."""
+    if jax.process_count() == 1:
+        return
+    own = [
+        leaf
+        for leaf in jax.tree.leaves(tree)
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    ]
+    processes = {device.process_index for device in mesh.devices.flat} if own else set()
+    if len(processes) < jax.process_count():  # none of its own after the first update
+        return
+    crc = 0
+    for leaf in own:
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        ):
+            leaf = jax.random.key_data(leaf)
+        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+    if len(found := set(exchange(f"{crc}"))) > 1:
+        raise ValueError(
+            f"state: what the processes have differs ({len(found)} kinds among "
+            f"{jax.process_count()}); make it from the same key and the same files in "
+            "each, or give all that of the first "
+            "(jax.experimental.multihost_utils.broadcast_one_to_all)"
+        )
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Copy a tree (such as the training state) to every device of the mesh."""
+    """Copy a tree (such as the training state) to every device of the mesh.
+
+    With several hosts it must be the same in every process: made from the same key, or
+    read from the same file.
+
+    Raises:
+        ValueError: it is not.
+    """
     sharding = NamedSharding(mesh, P())
+    _check_same(tree, mesh)
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array):
@@ -179,23 +263,31 @@ def _without_frozen(step: Step) -> Any:
     return run
 
 
-def jit_step(step: Step, mesh: Mesh | None = None, *, donate: bool = True) -> Step:
+def jit_step(
+    step: AnyStep, mesh: Mesh | None = None, *, donate: bool = True
+) -> AnyStep:
     """Compile a step with ``jit``; over a mesh, with the batch split along it.
 
+    With several hosts each process gives its part of the global batch, as many rows
+    as every other (see :func:`shard_batch`), and the same state.
+
     Args:
-        step: pure step, from :func:`~jaxtransfer.train.train_step` without
-            ``axis_name``.
+        step: pure step, from :func:`~jaxtransfer.train.train_step` or
+            :func:`~jaxtransfer.train.eval_step` without ``axis_name``.
         mesh: one-dimensional mesh; one device if ``None``.
         donate: give the state's buffers to its successor. The state passed in can't
-            be used again; what is frozen is never donated.
+            be used again; what is frozen is never donated, nor is what a step of
+            ``eval_step`` measures.
 
     Returns:
         The compiled step; a batch of host arrays is laid over the mesh by the call.
         Its attribute ``lower(state, batch)`` is that of the compiled function.
 
     Raises:
-        ValueError: (at a call) the batch can't be split over the mesh.
+        ValueError: (at a call) the batch can't be split over the mesh; or processes
+            give unequal numbers of rows.
     """
+    measures = getattr(step, "measures", False)
     shardings = {}
     if mesh is not None:
         whole, split = (
@@ -203,27 +295,33 @@ def jit_step(step: Step, mesh: Mesh | None = None, *, donate: bool = True) -> St
             NamedSharding(mesh, P(*mesh.axis_names)),
         )
         shardings = {
-            "in_shardings": (whole, whole, split),
-            "out_shardings": (whole, whole),
+            "in_shardings": (whole, split) if measures else (whole, whole, split),
+            "out_shardings": whole,
         }
-    compiled = jit(
-        _without_frozen(step), mesh, donate_argnums=(0,) if donate else (), **shardings
-    )
+    if measures:
+        compiled = jit(step, mesh, **shardings)
+    else:
+        shardings["donate_argnums"] = (0,) if donate else ()
+        compiled = jit(_without_frozen(step), mesh, **shardings)
 
     def call(state: Any, batch: Batch) -> Any:
         if mesh is not None:
             batch, state = shard_batch(batch, mesh), replicate(state, mesh)
+        if measures:
+            return compiled(state, batch)
         rest, metrics = compiled(state.replace(frozen=None), state.frozen, batch)
         return rest.replace(frozen=state.frozen), metrics
 
     def lower(state: Any, batch: Batch) -> Any:
+        if measures:
+            return compiled.lower(state, batch)
         return compiled.lower(state.replace(frozen=None), state.frozen, batch)
 
     call.lower = lower  # pyright: ignore[reportFunctionMemberAccess]
-    return call
+    return call  # pyright: ignore[reportReturnType]
 
 
-def _check_axis(step: Step, axis_name: str) -> None:
+def _check_axis(step: Callable, axis_name: str) -> None:
     """Refuse a step of the library's that reduces over no or another axis."""
     made = getattr(step, "axis_name", axis_name)
     if made != axis_name:
@@ -234,7 +332,7 @@ def _check_axis(step: Step, axis_name: str) -> None:
         )
 
 
-def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
+def shard_map_step(step: AnyStep, mesh: Mesh, axis_name: str = "data") -> AnyStep:
     """Compile a per-device step with ``shard_map``.
 
     Args:
@@ -245,11 +343,11 @@ def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
         axis_name: the axis.
 
     Returns:
-        The compiled step; takes the global batch, as :func:`jit_step` does.
+        The compiled step; takes state and batch as :func:`jit_step` does.
 
     Raises:
         ValueError: the mesh lacks the axis; the step was made without it; (at a call)
-            the batch can't be split.
+            the batch can't be split, or processes give unequal numbers of rows.
     """
     if axis_name not in mesh.axis_names:
         raise ValueError(
@@ -262,11 +360,11 @@ def shard_map_step(step: Step, mesh: Mesh, axis_name: str = "data") -> Step:
     def call(state: Any, batch: Batch) -> Any:
         return compiled(replicate(state, mesh), shard_batch(batch, mesh))
 
-    return call
+    return call  # pyright: ignore[reportReturnType]
 
 
-def pmap_step(step: Step, axis_name: str = "data") -> Step:
-    """Compile a per-device step with ``jax.pmap`` over this host's devices.
+def pmap_step(step: AnyStep, axis_name: str = "data") -> AnyStep:
+    """Compile a per-device step with ``jax.pmap`` over all devices.
 
     Args:
         step: pure step, from :func:`~jaxtransfer.train.train_step` or
@@ -276,11 +374,11 @@ def pmap_step(step: Step, axis_name: str = "data") -> Step:
 
     Returns:
         The compiled step. State and batch are as for :func:`jit_step`: the state is
-        not stacked, the batch is split along its first axis.
+        not stacked, the batch is split along its first axis over this host's devices.
 
     Raises:
         ValueError: the step was made without the axis; (at a call) the batch can't be
-            split over the devices.
+            split over the devices, or processes give unequal numbers of rows.
     """
     _check_axis(step, axis_name)
     compiled = jax.pmap(step, axis_name=axis_name, in_axes=(None, 0), out_axes=None)
@@ -288,6 +386,7 @@ def pmap_step(step: Step, axis_name: str = "data") -> Step:
     def call(state: Any, batch: Batch) -> Any:
         devices = jax.local_device_count()
         _check_divisible(batch, devices)
+        _check_agreed(batch, None)
         batch = jax.tree.map(
             lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), batch
         )
@@ -299,7 +398,8 @@ def pmap_step(step: Step, axis_name: str = "data") -> Step:
             batch = jax.device_put(batch, NamedSharding(mesh, P(axis_name)))
         return compiled(state, batch)
 
-    return call
+    call.axis_name = axis_name  # pyright: ignore[reportFunctionMemberAccess]
+    return call  # pyright: ignore[reportReturnType]
 
 
 def initialize_distributed(

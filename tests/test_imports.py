@@ -29,7 +29,8 @@ RANK = {
     "compress": 6,
 }
 ONLY = {
-    "parallel": {"typing"},
+    "parallel": {"typing", "processes"},
+    "processes": set(),
     "data": {"typing", "ops", "tree", "prng"},
 }
 PARTS = set(RANK) | set(ONLY)

@@ -420,6 +420,12 @@ def test_measuring_over_a_mesh(mesh):
     )
     close(metrics.finalize(split), plain, 1e-6)
     assert float(split["accuracy"].count) == 11
+    for where in None, mesh:
+        run = parallel.jit_step(measure, where)
+        for _ in range(2):  # nothing is donated
+            close(metrics.finalize(run(state, batch)), plain, 1e-6)
+    inputs = run.lower(state, batch).compile().input_shardings[0]
+    assert inputs[1]["inputs"].spec == P("data")
     own = eval_step(metrics.classification(finetune.predict(net)), axis_name="data")
     for run in parallel.shard_map_step(own, mesh), parallel.pmap_step(own):
         summed = run(state, batch)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import uuid
 import zipfile
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -107,7 +108,8 @@ def write_content(path: str | os.PathLike[str], content: _Content) -> None:
                 "type of NumPy's; give a path that ends in .safetensors or .msgpack, "
                 "or convert it to float32"
             )
-    part = file.with_name(f".{file.name}.part")  # a whole file or none
+    # A whole file or none, though several processes write it.
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         if kind == ".safetensors":
             _safetensors().save_file(entries, part, metadata=content.metadata)

@@ -2,12 +2,14 @@
 
 import os
 import pathlib
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxtransfer import parallel, processes
 from jaxtransfer.train.folders import check_folder
 from jaxtransfer.train.record import (
     RECORD,
@@ -44,6 +46,36 @@ def _check_readable(folder: pathlib.Path) -> None:
             open(os.path.join(place, name), "rb").close()
 
 
+def _check_shared(folder: pathlib.Path) -> None:
+    """Refuse folders that each process has of its own.
+
+    Raises:
+        OSError: one doesn't see what process 0 has written.
+    """
+    if jax.process_count() == 1:
+        return
+    token = folder / f".shared-{uuid.uuid4().hex}"
+    token.touch()
+    try:
+        first = processes.exchange(token.name)[0]
+        with processes.together(OSError):
+            if not (folder / first).exists():
+                raise OSError(
+                    f"folder {str(folder)!r} is not that of process 0: what that wrote "
+                    "is not there; give a folder that all processes share"
+                )
+    finally:
+        token.unlink()
+
+
+def _everywhere(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves, with those that each process has of its own as such of all."""
+    own = {path: leaf for path, leaf in leaves.items() if leaf.is_fully_addressable}
+    if jax.process_count() == 1 or not own:
+        return dict(leaves)
+    return {**leaves, **parallel.replicate(own, parallel.make_mesh())}
+
+
 class DamagedCheckpointError(RuntimeError):
     """A checkpoint can't be read back as it was written; nothing was changed."""
 
@@ -57,6 +89,10 @@ class Checkpointer:
     temporary name and renamed when it is complete, so a process that is killed in
     the middle of a save leaves no partial checkpoint behind.
 
+    With several processes all make one, of a folder that they share, and all save and
+    restore at the same steps; each writes its part. What keeps one process from
+    restoring is raised in all.
+
     Args:
         directory: folder of the checkpoints of one run; made if it doesn't exist.
         every: updates between two checkpoints, ≥ 1.
@@ -66,7 +102,7 @@ class Checkpointer:
 
     Raises:
         ValueError: ``every`` or ``keep`` is less than 1.
-        OSError: the folder can't be written to.
+        OSError: the folder can't be written to, or is not shared by all processes.
 
     Example:
         >>> import tempfile
@@ -96,7 +132,9 @@ class Checkpointer:
         for name, value in (("every", every), ("keep", keep)):
             if value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
-        self.directory = check_folder(directory)
+        with processes.together(OSError):
+            self.directory = check_folder(directory)
+        _check_shared(self.directory)
         self.every, self.keep, self.teacher = every, keep, teacher
         self._fingerprints: dict[str, str] | None = None
         self._written: int | None = None  # latest step this run saved or restored
@@ -146,6 +184,7 @@ class Checkpointer:
             FileExistsError: there is a checkpoint of this step that this run did not
                 write.
             RuntimeError: it, or the checkpoint before, could not be written.
+            ValueError: each process has a state of its own, and they differ.
         """
         if step == self._written or not (force or step % self.every == 0):
             return False
@@ -154,7 +193,7 @@ class Checkpointer:
                 f"{self.folder(step)} exists and is not of this run; give the run "
                 "another directory, or remove the folder"
             )
-        leaves = leaves_of(state)
+        leaves = _everywhere(leaves_of(state))
         if self._fingerprints is None:
             self._fingerprints = fingerprints(state)
         record = {
@@ -201,6 +240,31 @@ class Checkpointer:
             OSError: it can't be read, such as for want of permission.
         """
         self.wait()
+        kinds = DamagedCheckpointError, FileNotFoundError, OSError, ValueError
+        with processes.together(*kinds):
+            step, known, record = self._checked(state, step)
+        folder, wanted = self.folder(step), leaves_of(state)
+        abstract = {
+            path: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+            )
+            for path, leaf in _with_values(wanted).items()
+        }
+        with processes.together(*kinds):
+            loaded = self._load(step, known, abstract)
+            empty = {path: leaf for path, leaf in wanted.items() if not leaf.size}
+            loaded = {**loaded, **empty}
+            self._check_loaded(step, known, record, loaded)
+            if data is not None and hasattr(data, "set_state"):
+                self._check_position(folder, record)
+                set_position(data, record["data"])
+        self._written = step
+        return with_leaves(state, loaded)
+
+    def _checked(
+        self, state: TrainState, step: int | None
+    ) -> tuple[int, list[int], dict[str, Any]]:
+        """Which step is read, those there are, and the record: all that fits."""
         known = [int(checkpoint.step) for checkpoint in self._orbax.checkpoints]
         if not known or (step is not None and step not in known):
             raise FileNotFoundError(
@@ -218,25 +282,29 @@ class Checkpointer:
             record = read_record(folder)
         except (FileNotFoundError, ValueError) as error:
             raise self._damaged(step, known, error) from error
-        wanted = leaves_of(state)
-        self._check_same(folder, record, state, wanted)
-        abstract = {
-            path: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
-            )
-            for path, leaf in _with_values(wanted).items()
-        }
+        self._check_same(folder, record, state, leaves_of(state))
+        return step, known, record
+
+    def _load(
+        self, step: int, known: list[int], abstract: Mapping[str, Any]
+    ) -> dict[str, Any]:
         try:
-            loaded = self._orbax.load_checkpointables(step, {_STATE: abstract})[_STATE]
+            return self._orbax.load_checkpointables(step, {_STATE: abstract})[_STATE]
         except Exception as error:  # orbax raises many kinds, of no permission too
-            _check_readable(folder / _STATE)
+            _check_readable(self.folder(step) / _STATE)
             raise self._damaged(step, known, error) from error
-        empty = {path: leaf for path, leaf in wanted.items() if not leaf.size}
-        loaded = {**loaded, **empty}
+
+    def _check_loaded(
+        self,
+        step: int,
+        known: list[int],
+        record: Mapping[str, Any],
+        loaded: Mapping[str, Any],
+    ) -> None:
         for path, leaf in loaded.items():
             if describe(leaf) != record["arrays"][path]:
                 raise ValueError(
-                    f"{folder}: {path!r} came back as {describe(leaf)}, not "
+                    f"{self.folder(step)}: {path!r} came back as {describe(leaf)}, not "
                     f"{record['arrays'][path]}; float64 is read if the whole process "
                     'has it: jax.config.update("jax_enable_x64", True)'
                 )
@@ -245,11 +313,6 @@ class Checkpointer:
             if None not in (crc, found) and found != crc:
                 error = ValueError(f"the values of {path!r} are not those written")
                 raise self._damaged(step, known, error)
-        if data is not None and hasattr(data, "set_state"):
-            self._check_position(folder, record)
-            set_position(data, record["data"])
-        self._written = step
-        return with_leaves(state, loaded)
 
     def wait(self) -> None:
         """Wait until what is being saved is written.

@@ -1,11 +1,13 @@
 """Measuring a state on a whole data set."""
 
+import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxtransfer.processes import exchange
 from jaxtransfer.train import metrics as metrics_lib
 from jaxtransfer.typing import Mean
 
@@ -20,8 +22,13 @@ def evaluate_batches(
     ``sum over batches of totals / sum over batches of counts``, added up on the host
     in double precision; a batch is fetched when the next one is on its way.
 
+    With several hosts each process gives its part of every batch and all get the means
+    of the whole: ``parallel.jit_step(eval_step(...), mesh)``, and batches of
+    ``data.evaluation_batches(..., shard=(jax.process_index(), jax.process_count()))``.
+
     Args:
-        eval_step: ``(state, batch) -> {name: (sum, count)}``, compiled; see
+        eval_step: ``(state, batch) -> {name: (sum, count)}``, compiled: of
+            :func:`~jaxtransfer.parallel.jit_step` over
             :func:`~jaxtransfer.train.eval_step`.
         state: what is measured.
         batches: a finite number of them.
@@ -31,7 +38,8 @@ def evaluate_batches(
         A metric that is no pair counts once a batch, however many rows that has.
 
     Raises:
-        ValueError: there is no batch, or a metric is an array and no pair.
+        ValueError: there is no batch; a metric is an array and no pair; or, with
+            several processes, what the step gives is of the rows of one alone.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -42,6 +50,8 @@ def evaluate_batches(
     """
     totals: dict[str, Mean] = {}
     waiting = None
+    several = jax.process_count() > 1
+    reduced = getattr(eval_step, "axis_name", None) is not None  # by pmap_step
 
     def add(metrics: Any) -> None:
         nonlocal totals
@@ -54,13 +64,44 @@ def evaluate_batches(
 
     for batch in batches:
         metrics = eval_step(state, batch)
+        if several and not reduced and all(map(_is_local, jax.tree.leaves(metrics))):
+            raise _of_one_alone()
         if waiting is not None:
             add(waiting)
         waiting = metrics
     if waiting is None:
         raise ValueError("batches: there is none to evaluate on")
     add(waiting)
-    return metrics_lib.finalize(totals)
+    means = metrics_lib.finalize(totals)
+    if several and not reduced:
+        _check_same(means)
+    return means
+
+
+def _is_local(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def _check_same(means: dict[str, Any]) -> None:
+    """Refuse means that differ: rows of one process that JAX took for those of all."""
+    numbers = json.dumps([np.asarray(means[name]).tolist() for name in sorted(means)])
+    every = [jax.tree.leaves(json.loads(said)) for said in exchange(numbers)]
+    if any(
+        len(one) != len(every[0])
+        or not np.allclose(one, every[0], rtol=1e-5, atol=0.0, equal_nan=True)
+        for one in every
+    ):
+        raise _of_one_alone()
+
+
+def _of_one_alone() -> ValueError:
+    return ValueError(
+        f"eval_step: what it gives process {jax.process_index()} is of its own rows "
+        "alone; compile it by parallel.jit_step(eval_step(...), mesh) with a mesh of "
+        "all devices, and give each process its part of the batches "
+        "(data.evaluation_batches(..., shard=(jax.process_index(), "
+        "jax.process_count())))"
+    )
 
 
 __all__ = ["evaluate_batches"]

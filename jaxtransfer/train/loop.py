@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtransfer.processes import together
 from jaxtransfer.train import metrics as metrics_lib
 from jaxtransfer.train.checkpoint import Checkpointer
 from jaxtransfer.train.folders import check_folder
@@ -113,6 +114,12 @@ def fit(
     ``set_state``, as grain's iterators do. SIGTERM and Ctrl-C finish the current
     update, save, and return; a second Ctrl-C interrupts at once.
 
+    With several processes all call it, with the same arguments beside ``data``, which
+    is each one's part (see :func:`~jaxtransfer.parallel.jit_step`), and equally long.
+    Process 0 writes the records; checkpoints are written by all. A signal to one stops
+    all, in the next call if it comes between two; JAX's service takes note of one
+    signal in the life of a process.
+
     Args:
         step: compiled step, of :func:`~jaxtransfer.parallel.jit_step` and the like.
         state: where to start; donated if the step donates.
@@ -144,7 +151,7 @@ def fit(
     Example:
         >>> import itertools
         >>> import jax, jax.numpy as jnp, optax
-        >>> from jaxtransfer import parallel
+        >>> from jaxtransfer.processes import together
         >>> from jaxtransfer.train import init_state, train_step
         >>> from jaxtransfer.typing import Variables
         >>> def objective(params, frozen, model_state, batch, key):
@@ -167,7 +174,8 @@ def fit(
             raise ValueError(f"{name}: must be at least {least}, got {value}")
     batches, history = iter(data), History()
     chief = jax.process_index() == 0
-    folder = check_folder(run_dir) if run_dir is not None and chief else None
+    with together(OSError):
+        folder = check_folder(run_dir) if run_dir is not None and chief else None
     resumed = False
     if checkpointer is not None:
         checkpointer.check_space(state)
@@ -223,17 +231,23 @@ def fit(
             stack.callback(writer.close)
         stack.callback(display.close)
         received = stack.enter_context(stop_signals())
+        if done < steps:  # several processes: a signal came before this call
+            history.stopped = stopping(received)
         due = eval_every > 0 and 0 < start < steps and start % eval_every == 0
-        if evaluate is not None and resumed and due and not _evaluated(folder, start):
+        due = due and resumed and not history.stopped
+        if evaluate is not None and due and not _evaluated(folder, start):
             report("eval", start, _numbers(evaluate(state)))
-        while done < steps:
+        while done < steps and not history.stopped:
             try:
                 batch = next(batches)
             except StopIteration:
-                save(force=True)
+                several = jax.process_count() > 1  # that of others may go on
+                where = f" in process {jax.process_index()}" if several else ""
+                if not several:
+                    save(force=True)
                 raise ValueError(
-                    f"data: ended after {done - start} batches at step {done} of "
-                    f"{steps}; repeat it (grain: .repeat()) or ask for fewer steps"
+                    f"data: ended{where} after {done - start} batches at step {done} "
+                    f"of {steps}; repeat it (grain: .repeat()) or ask for fewer steps"
                 ) from None
             state, metrics = step(state, batch)
             sums = _accumulate(sums, metrics)
@@ -247,9 +261,9 @@ def fit(
                 checked = done
             display.advance(done)
             save()
-            # Asked after every update: several processes must agree.
-            stopped = stopping(received, done)
-            if stopped and done < steps:
+            # Asked after every update, for several processes must agree; not after
+            # the last, so that a signal in it stops their next run.
+            if done < steps and (stopped := stopping(received)):
                 history.stopped = stopped
                 break
             if evaluate is not None and eval_every and done % eval_every == 0:
@@ -260,7 +274,7 @@ def fit(
             pending = (logged, done, sums)
             sums, logged = None, done
         fetch()
-        if done > start:
+        if done > start or history.stopped:
             save(force=True)
         if evaluate is not None and evaluated != done and not history.stopped:
             report("eval", done, _numbers(evaluate(state)))

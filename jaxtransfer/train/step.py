@@ -293,7 +293,8 @@ def eval_step(
     Returns:
         ``(state, batch) -> metrics`` as (sum, count) pairs, to be merged with
         :func:`~jaxtransfer.train.metrics.merge`; its attribute ``axis_name`` is the
-        one given.
+        one given, ``measures`` is true. :func:`~jaxtransfer.parallel.jit_step` compiles
+        it, over a mesh too.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -313,4 +314,5 @@ def eval_step(
         return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
 
     step.axis_name = axis_name  # pyright: ignore[reportFunctionMemberAccess]
+    step.measures = True  # pyright: ignore[reportFunctionMemberAccess]
     return step

@@ -606,6 +606,22 @@ def test_stopped_at_any_time_and_resumed_is_uninterrupted(
     assert bytes_in(tmp_path) == bytes_in(written)
 
 
+def test_processes_write_manifests_under_names_of_their_own(tmp_path, monkeypatch):
+    parts, rename = [], cache_files.os.replace
+
+    def second(source, target):
+        """As if another process wrote the same one in the middle of it."""
+        parts.append(source.name)
+        if len(parts) == 1:
+            cache_files.write_manifest(tmp_path, {"version": cache_files.VERSION})
+        rename(source, target)
+
+    monkeypatch.setattr(cache_files.os, "replace", second)
+    cache_files.write_manifest(tmp_path, {"version": cache_files.VERSION, "done": 1})
+    assert cache_files.read_manifest(tmp_path)["done"] == 1
+    assert [*bytes_in(tmp_path)] == [cache_files.MANIFEST]
+
+
 def test_stopped_before_the_checksums(written, tmp_path, monkeypatch):
     def stop(file):
         raise Killed

@@ -50,7 +50,8 @@ def test_two_processes_equal_one(tmp_path):
     pair = [start(2, process, port, out) for process, out in enumerate(both)]
     finish([*pair, start(1, 0, 0, alone)])
     expected = dict(np.load(alone))
-    assert {x.split("/")[0] for x in expected} == {"finetune", "adapt", "maml", "fit"}
+    names = {"finetune", "adapt", "maml", "fit", "evaluate"}
+    assert {x.split("/")[0] for x in expected} == names
     for out in both:
         found = dict(np.load(out))
         assert found.keys() == expected.keys()

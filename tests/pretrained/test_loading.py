@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from jaxtransfer import nets, pretrained, tree
 from jaxtransfer.model import from_linen, from_nnx, with_head
+from jaxtransfer.pretrained import files
 from jaxtransfer.typing import Variables
 from tests.pretrained.golden import NETWORKS, Golden
 from tests.twins import jitted, network, same
@@ -581,6 +582,22 @@ def test_numbers_too_large_for_their_type_are_refused_both_ways(tmp_path):
 
 
 # --- more of msgpack ------------------------------------------------------------------
+
+
+def test_processes_that_save_to_one_file_do_not_meet(tmp_path, monkeypatch):
+    rename, parts = files.os.replace, []
+    given = Variables({"kernel": np.ones((2, 3))})
+
+    def second(source, target):
+        """As if another process saved to it in the middle of the first one's."""
+        parts.append(source)
+        if len(parts) == 1:
+            pretrained.save(target, given)
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", second)
+    pretrained.save(tmp_path / "weights.npz", given)
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.npz"]
 
 
 def test_keys_with_a_slash_are_written_as_they_were(tmp_path):

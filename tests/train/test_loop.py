@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxtransfer import parallel, train
 from jaxtransfer.train import logging as logging_lib
+from jaxtransfer.train import stopping
 from jaxtransfer.typing import Mean, Variables
 from tests.train.checkpointed_run import batches, initial, objective
 
@@ -381,6 +383,33 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(
     assert seen == [4, 5]
 
 
+def test_a_signal_to_one_of_several_processes_stops_one_run_once(monkeypatch):
+    """By a service as JAX's: yes at one number, the largest that was asked and one."""
+    last, at = 0, []
+
+    def reached(number):
+        nonlocal last
+        last = number
+        return [number] == at
+
+    def interrupted(update):
+        for number, batch in zip(range(7), batches(), strict=False):
+            if number == update:
+                at[:] = [last + 1]
+            yield batch
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    monkeypatch.setattr(stopping, "_asked", itertools.count(1))
+    at[:] = [last + 1]  # before the first run
+    runs = (None, 0, "SIGTERM"), (0, 1, "SIGTERM"), (None, 7, ""), (6, 7, "")
+    for update, reaches, stopped in runs:
+        state, history = fit(interrupted(update))
+        assert (int(state.step), history.stopped) == (reaches, stopped)
+    history = fit()[1]  # in the last update of the run before, or after it
+    assert history.message == "stopped by SIGTERM at step 0 of 7; nothing was saved"
+
+
 def test_a_second_interrupt_interrupts_at_once():
     def step(state, batch):
         os.kill(os.getpid(), signal.SIGINT)
@@ -501,3 +530,15 @@ def test_evaluate_batches_merges_uneven_batches_exactly():
     assert train.evaluate_batches(padded, None, rows) == {"mean": 3.0}
     with pytest.raises(ValueError, match="none to evaluate"):
         train.evaluate_batches(measure, None, [])
+
+
+def test_totals_of_one_process_alone_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def measure(state, batch):
+        return {"mean": train.metrics.mean(batch)}
+
+    with pytest.raises(ValueError, match=r"own rows alone; .*parallel\.jit_step"):
+        train.evaluate_batches(measure, None, [jnp.ones(3)])
+    measure.axis_name = "data"  # as of `pmap_step`: summed over all devices
+    assert train.evaluate_batches(measure, None, [jnp.ones(3)]) == {"mean": 1.0}

@@ -16,6 +16,7 @@ from jaxtransfer.methods._inputs import check_scaled
 from jaxtransfer.methods.distill.augmentation import Augmentation
 from jaxtransfer.methods.distill.cache_files import (
     VERSION,
+    DamagedCacheError,
     Writer,
     bytes_of,
     file_checksum,
@@ -33,10 +34,12 @@ from jaxtransfer.methods.distill.cache_open import (
 )
 from jaxtransfer.methods.distill.taught import TOP_K, TeacherCache
 from jaxtransfer.parallel import jit
+from jaxtransfer.processes import together
 from jaxtransfer.train.folders import check_folder
 from jaxtransfer.typing import Inputs, Model, Variables
 
 _EVERY = 50  # batches between two times that everything is flushed
+_FILLED_IN = 7 * 24 * 3600.0  # seconds that other processes wait for that
 
 
 def cache_teacher(
@@ -58,6 +61,9 @@ def cache_teacher(
     stopped, however hard, goes on from the last fifty batches when it is made again,
     and ends with the same bytes; a complete cache is returned without running the
     teacher.
+
+    With several processes all must call it, with a folder that they share: process 0
+    runs the teacher and the others wait for it.
 
     **Equality with a teacher that is run in training.** On CPU a row of a network's
     output does not depend on the rows beside it nor on its place among them, but on
@@ -151,6 +157,25 @@ def cache_teacher(
         for path, (shape, own) in shapes.items()
     }
     path = pathlib.Path(folder).expanduser().absolute()
+    cache, kinds = None, (ValueError, FloatingPointError, DamagedCacheError, OSError)
+    with together(*kinds, seconds=_FILLED_IN):
+        if jax.process_index() == 0:
+            manifest = _begun(path, wanted, arrays)
+            verify = "checksums" in manifest
+            if not verify:
+                manifest = _fill(path, manifest, look, _here(variables), examples)
+            cache = opened(path, manifest, augmentation, verify)
+    if cache is None:
+        manifest = read_manifest(path)
+        check_same(path, manifest, wanted)
+        cache = opened(path, manifest, augmentation, verify=False)
+    return cache
+
+
+def _begun(
+    path: pathlib.Path, wanted: Mapping[str, Any], arrays: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest that is there, or one of a cache that nothing is in yet."""
     try:
         manifest = read_manifest(path)
     except FileNotFoundError:
@@ -159,10 +184,18 @@ def cache_teacher(
         manifest = {"version": VERSION, **wanted, "arrays": arrays, "done": 0}
         write_manifest(path, manifest)
     check_same(path, manifest, wanted)
-    if "checksums" not in manifest:
-        manifest = _fill(path, manifest, look, variables, examples)
-        return opened(path, manifest, augmentation, verify=False)
-    return opened(path, manifest, augmentation, verify=True)
+    return manifest
+
+
+def _here(variables: Variables) -> Variables:
+    """Variables of one process, which works alone, though they lie on all."""
+
+    def local(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf.addressable_data(0)
+        return leaf
+
+    return variables if jax.process_count() == 1 else jax.tree.map(local, variables)
 
 
 Look = Callable[[Variables, Inputs, Any, Any], dict[str, Any]]

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import uuid
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -70,12 +71,15 @@ def _checksum(content: Mapping[str, Any]) -> int:
 def write_manifest(folder: pathlib.Path, content: Mapping[str, Any]) -> None:
     """Write the manifest under another name and rename it, so that it is whole."""
     text = json.dumps({**content, "checksum": _checksum(content)}, indent=1)
-    part = folder / f"{MANIFEST}.part"
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / MANIFEST)
+    part = folder / f"{MANIFEST}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, folder / MANIFEST)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
