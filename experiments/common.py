@@ -333,14 +333,20 @@ class Row:
         return (self.baseline,) if isinstance(self.baseline, str) else self.baseline
 
 
-def differences(row: Row, rows: Iterable[Row]) -> dict[str, tuple[float, float]]:
-    """Mean and 95 % half-width of row minus its baselines that are there, paired."""
+def differences(
+    row: Row, rows: Iterable[Row], *, lower_is_better: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Mean and 95 % half-width of row's gains over its baselines there, paired.
+
+    A gain is row minus baseline, or of an error baseline minus row.
+    """
     there = {other.method: other for other in rows if other.task == row.task}
-    return {
-        name: interval(np.subtract(row.values, there[name].values))
-        for name in row.baselines
-        if name in there
-    }
+
+    def gain(baseline: Row) -> tuple[float, float]:
+        better, worse = (baseline, row) if lower_is_better else (row, baseline)
+        return interval(np.subtract(better.values, worse.values))
+
+    return {name: gain(there[name]) for name in row.baselines if name in there}
 
 
 def show(
@@ -350,6 +356,7 @@ def show(
     *,
     unit: str = "accuracy %",
     digits: int = 2,
+    lower_is_better: bool = False,
     started: float | None = None,
 ) -> None:
     """Print the table, write it as Markdown and JSON, and print the summary line.
@@ -360,6 +367,7 @@ def show(
         folder: the run folder; ``table.md`` and ``results.json`` go there.
         unit: name of the measured column.
         digits: decimals.
+        lower_is_better: what is measured is an error: a gain is what it is less by.
         started: ``time.perf_counter()`` at the start, for the minutes spent.
     """
 
@@ -371,7 +379,7 @@ def show(
     heads = ["task", "method", f"{unit}: mean ± 95 %", "baseline", "gain over it"]
     lines = []
     for row in rows:
-        gains = differences(row, rows)
+        gains = differences(row, rows, lower_is_better=lower_is_better)
         cells = (
             pm(interval(row.values)),
             "; ".join(gains),

@@ -279,7 +279,15 @@ def main(config: Config) -> dict[str, Any]:
                 Row(task, method, values, "pretrained" if method in META else None)
                 for method, values in table[task].items()
             ]
-    show("Sinusoids", rows, folder, unit="MSE", digits=3, started=started)
+    show(
+        "Sinusoids",
+        rows,
+        folder,
+        unit="MSE",
+        digits=3,
+        lower_is_better=True,
+        started=started,
+    )
     print("95 % over the test tasks of a seed after the last step, and step sizes:")
     print("\n".join(notes))
     return table

@@ -153,7 +153,7 @@ def split(
         key: key of everything else.
 
     Raises:
-        ValueError: too few users or items are left.
+        ValueError: too few users or items are left, or a scenario has no user.
     """
     user, item, rating = ratings.pairs.T
     old = ratings.years[item] < protocol.new_from
@@ -190,6 +190,12 @@ def split(
     parts = {"validation": held, "new": fresh, "other": len(rest) - fresh}
     if min(parts.values()) < 1:
         raise ValueError(f"{protocol}: users by part are {parts}; each needs one")
+    for name, part in (("existing", rest[fresh:]), ("new", rest[:fresh])):
+        if not complete[1, part].any():  # all have a query of existing items
+            raise ValueError(
+                f"{protocol}: none of the {len(part)} {name} users has "
+                f"{protocol.queries} ratings of new items; lower queries or new_from"
+            )
     return Split(
         jnp.asarray(eligible),
         jnp.asarray(items),

@@ -57,7 +57,8 @@ def main(config: Config) -> dict[str, Any]:
         ``{measure: {scenario: {method: values by seed}}}``.
 
     Raises:
-        ValueError: ``block`` does not divide the updates; too few users are left.
+        ValueError: ``block`` does not divide the updates; too few users are left, or
+            none of a scenario.
         FileNotFoundError: the data set is not prepared; the message says how to.
     """
     for name in ("updates", "joint_updates"):
@@ -151,18 +152,27 @@ def _report(
                     table[name].setdefault(scenario, {})[method] = list(of_seeds)
     for name, scenarios in table.items():
         rows = []
+        is_error = name == "MAE"
         for scenario, methods in scenarios.items():
             others = [method for method in methods if not method.startswith(MELU)]
-            sign = 1 if name == "MAE" else -1
+            sign = 1 if is_error else -1
             strongest = min(others, key=lambda method: sign * np.mean(methods[method]))
             rows += [
                 Row(scenario, method, of, None if method in others else strongest)
                 for method, of in methods.items()
             ]
         (folder / name).mkdir()
-        better = "lower" if name == "MAE" else "higher"
+        better = "lower" if is_error else "higher"
         title = f"{name} of a user's query ({better} is better)"
-        show(title, rows, folder / name, unit=name, digits=3, started=started)
+        show(
+            title,
+            rows,
+            folder / name,
+            unit=name,
+            digits=3,
+            lower_is_better=is_error,
+            started=started,
+        )
     print("Chosen on validation users, by seed:")
     for method in found[0]:
         print(f"  {method}: {[methods[method].settings for methods in found]}")

@@ -73,7 +73,7 @@ def measure(
         The numbers.
 
     Raises:
-        ValueError: fewer than one pass is timed.
+        ValueError: ``repeats`` is below 1, or ``warmup`` below 0.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -85,6 +85,8 @@ def measure(
     """
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}; at least one pass is timed")
+    if warmup < 0:
+        raise ValueError(f"warmup: got {warmup}; it must be 0 or more")
 
     @jax.jit
     def run(variables: Variables, inputs: Inputs) -> Output:
@@ -93,8 +95,8 @@ def measure(
     variables = jax.tree.map(jax.numpy.asarray, variables)
     inputs = jax.tree.map(_array, inputs)
     traced = run.trace(variables, jax.tree.map(lambda x: x[:1], inputs))
-    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(variables)]
-    params = [np.asarray(leaf) for leaf in jax.tree.leaves(variables.params)]
+    arrays = [_numbers(leaf) for leaf in jax.tree.leaves(variables)]
+    params = [_numbers(leaf) for leaf in jax.tree.leaves(variables.params)]
     times = []
     for _ in range(warmup + repeats):
         started = time.perf_counter()
@@ -116,6 +118,13 @@ def _array(given: Any) -> jax.Array:
     if isinstance(given, jax.ShapeDtypeStruct):
         return jax.numpy.zeros(given.shape, given.dtype)
     return jax.numpy.asarray(given)
+
+
+def _numbers(leaf: jax.Array) -> np.ndarray:
+    """An array's, or those that a random key is made of."""
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
 
 
 def _counted(lowered: Any) -> float:
@@ -174,11 +183,11 @@ def table(rows: Sequence[Measured], *, score: str = "accuracy %") -> str:
         raise ValueError("rows: there is nothing to show")
     scored = any(row.score is not None for row in rows)
     heads = ["network", "parameters", "nonzero", "MFLOPs", "KiB", "packed", "smaller"]
-    lines = [[*heads, "ms", *([score] if scored else [])]]
+    lines = [[*heads, "ms", *([_cell(score)] if scored else [])]]
     for row in rows:
         lines.append(
             [
-                row.name,
+                _cell(row.name),
                 f"{row.parameters:,}",
                 f"{row.nonzero:,}",
                 f"{row.flops / 1e6:.2f}",
@@ -202,6 +211,11 @@ def table(rows: Sequence[Measured], *, score: str = "accuracy %") -> str:
         + " |"
         for line in lines
     )
+
+
+def _cell(name: str) -> str:
+    """A name that neither ends a cell nor a line of Markdown."""
+    return " ".join(name.splitlines()).replace("|", r"\|")
 
 
 Cost = Literal["packed_bytes", "bytes", "flops", "milliseconds", "parameters"]
@@ -231,7 +245,8 @@ def figure(
 
     Raises:
         ImportError: matplotlib is not there.
-        ValueError: an unknown cost, or a network has no score.
+        ValueError: an unknown cost, no networks, or one without a score or with a cost
+            that is not positive.
 
     Example:
         >>> import pathlib, tempfile
@@ -244,9 +259,17 @@ def figure(
     """
     if against not in _AXES:
         raise ValueError(f"against: got {against!r}; choose among {sorted(_AXES)}")
+    if not rows:
+        raise ValueError("rows: there is nothing to draw")
     without = [row.name for row in rows if row.score is None]
-    if without or not rows:
+    if without:
         raise ValueError(f"rows: no score of {without}; measure(..., score=) gives it")
+    free = [row.name for row in rows if not getattr(row, against) > 0]
+    if free:
+        raise ValueError(
+            f"rows: {against} of {free} is not positive and has no place on a "
+            "logarithmic axis; leave them out or choose another against"
+        )
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -258,7 +281,7 @@ def figure(
     label, unit = _AXES[against]
     canvas = Figure(figsize=(7, 4.2), layout="constrained")
     axes = canvas.subplots()
-    for number, row in enumerate(rows):
+    points = [
         axes.plot(
             getattr(row, against) / unit,
             row.score or 0.0,
@@ -266,7 +289,9 @@ def figure(
             ms=8,
             color=f"C{number % 10}",
             label=row.name,
-        )
+        )[0]
+        for number, row in enumerate(rows)
+    ]
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -275,7 +300,16 @@ def figure(
     axes.grid(color="#e6e6e6")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.legend(loc="outside right upper", frameon=False, fontsize=8)
+    legend = canvas.legend(
+        points,
+        ["name"] * len(rows),
+        loc="outside right upper",
+        frameon=False,
+        fontsize=8,
+    )
+    # Written afterwards: a label that begins with "_" is left out, and "$" is TeX.
+    for text, row in zip(legend.get_texts(), rows, strict=True):
+        text.set(text=row.name, parse_math=False)
     canvas.savefig(path, dpi=120)
 
 

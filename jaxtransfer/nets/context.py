@@ -8,8 +8,8 @@ import jax.numpy as jnp
 class Context(nn.Module):
     """Modulate features by a context vector that is a parameter of its own.
 
-    ``x * (1 + A c) + B c`` channel by channel (FiLM), with ``c`` the parameter
-    ``value``, 0 in the beginning.
+    ``x * (1 + A c + a) + B c + b`` channel by channel (FiLM), with ``c`` the parameter
+    ``value``; ``c``, ``a`` and ``b`` are 0 in the beginning.
 
     Attributes:
         size: numbers of the context.
@@ -61,11 +61,16 @@ class ConcatenatedContext(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Map ``[rows, features]`` to ``[rows, features + size]``."""
+        """Map ``[rows, features]`` to ``[rows, features + size]``.
+
+        Of integers the result is in the context's dtype, which they would cut to 0.
+        """
         zeros = nn.initializers.zeros
         context = self.param("value", zeros, (self.size,), jnp.float32)
         rows = jnp.broadcast_to(context, (*inputs.shape[:-1], self.size))
-        return jnp.concatenate([inputs, rows.astype(inputs.dtype)], axis=-1)
+        real = jnp.issubdtype(inputs.dtype, jnp.inexact)
+        dtype = inputs.dtype if real else rows.dtype
+        return jnp.concatenate([inputs.astype(dtype), rows.astype(dtype)], axis=-1)
 
 
 __all__ = ["ConcatenatedContext", "Context"]

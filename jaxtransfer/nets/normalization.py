@@ -18,6 +18,10 @@ class StochNorm(nn.BatchNorm):
     batch normalisation, and parameters and state have the same names and shapes: those
     of a pretrained `flax.linen.BatchNorm` fit.
 
+    Meta-learners with ``statistics="support"``, their default, refuse a network with
+    such a layer: what the layers behind it see depends on the running statistics, which
+    are to be replaced there. Choose ``"transductive"`` or ``"running"``, or 1 as p.
+
     Attributes:
         probability: p, in [0, 1].
         key_stream: The random stream it draws from; by default that of dropout, which
@@ -88,7 +92,7 @@ class StochNorm(nn.BatchNorm):
 class NNXStochNorm(nnx.BatchNorm):
     """Stochastic normalisation (StochNorm): a `flax.nnx.BatchNorm` for fine-tuning.
 
-    As `StochNorm`, for NNX.
+    As `StochNorm`, for NNX; meta-learners refuse it under the same conditions.
 
     Args:
         num_features: Channels.

@@ -40,6 +40,9 @@ class UserPreference(nn.Module):
         features: width of an embedding.
         widths: hidden decision layers.
 
+    Raises:
+        ValueError: (in init) there are no fields.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> net = UserPreference(fields=(2, 7), marks=3, features=4)
@@ -61,6 +64,10 @@ class UserPreference(nn.Module):
     @nn.compact
     def __call__(self, inputs: AnyArray) -> jax.Array:
         """Map integers ``[rows, fields + marks]`` to ``[rows, 1]``."""
+        if not self.fields:
+            raise ValueError(
+                f"fields: got {self.fields}; give the number of values of one at least"
+            )
         x = _Embeddings(self.fields, self.marks, self.features, name="embeddings")(
             inputs
         )

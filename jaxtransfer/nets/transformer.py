@@ -293,6 +293,10 @@ def decoding(
         :func:`~jaxtransfer.ops.beam_search`, which refuses to write more than
         ``step.length`` tokens; logits of later ones are not-a-number.
 
+    Raises:
+        ValueError: the network has no decoder layers, so nothing of what is written
+            to keep.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jaxtransfer import ops
@@ -306,6 +310,10 @@ def decoding(
         >>> beams.tokens.shape
         (2, 3, 4)
     """
+    if module.decoder_layers < 1:
+        raise ValueError(
+            f"decoder_layers: got {module.decoder_layers}; decoding needs one at least"
+        )
     collections = {"params": variables.params, **variables.model_state}
     memory = module.apply(collections, source, method="remember")
     shape = (len(source), length, module.heads, module.width // module.heads)

@@ -239,8 +239,9 @@ class Conv4(nn.Module):
         strided: stride 2 (Omniglot) or 2x2 max pooling (mini-ImageNet).
         pooled: mean over the last positions (the reference's Omniglot network) or all
             of them.
-        norm: normalisation after each convolution: over the batch, over groups of 8
-            channels, over all channels of an image, :class:`TaskNorm`, or none.
+        norm: normalisation after each convolution: over the batch, over each of 8
+            groups of an image's channels (of as many as divide both 8 and the
+            filters), over all channels of an image, :class:`TaskNorm`, or none.
         context: numbers of a context that modulates the third block's output, for
             :func:`~jaxtransfer.methods.meta.cavia`; 0 is none.
         conv: convolution layer; the default is fast when every task has kernels of

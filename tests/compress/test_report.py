@@ -88,6 +88,16 @@ def test_several_inputs_are_cut_to_one_example():
     assert found.flops == 2 * 7 * 3
 
 
+def test_a_random_key_in_the_state_counts_as_its_numbers():
+    def apply(variables, inputs, **_):
+        return inputs @ variables.params["weights"], {}, {}
+
+    variables = Variables({"weights": jnp.ones((6, 2))}, {"key": KEY})
+    model = Model(lambda *_: variables, apply)
+    found = compress.measure("x", model, variables, X, repeats=1, warmup=0)
+    assert found.parameters == 12 and found.bytes == 4 * 12 + 8
+
+
 def test_zeros_are_left_out_of_the_packed_bytes():
     model = from_linen(nn.Dense(8))
     one = jnp.ones((1, 10))
@@ -136,6 +146,8 @@ def test_the_score_is_of_the_network():
     assert compress.measure("x", model, variables, X, score=7.5, repeats=1).score == 7.5
     with pytest.raises(ValueError, match="repeats: got 0"):
         compress.measure("x", model, variables, X, repeats=0)
+    with pytest.raises(ValueError, match="warmup: got -1; it must be 0 or more"):
+        compress.measure("x", model, variables, X, warmup=-1)
 
 
 def test_the_table_compares_with_its_first_line():
@@ -158,6 +170,11 @@ def test_the_table_compares_with_its_first_line():
         compress.table([])
 
 
+def test_no_name_breaks_the_table():
+    odd = report.dataclasses.replace(TEACHER, name="a|b\nc")
+    assert compress.table([odd]).splitlines()[2].startswith(r"| a\|b c ")
+
+
 @pytest.mark.parametrize("against", ["packed_bytes", "flops", "milliseconds"])
 def test_the_figure_has_a_point_for_each(tmp_path, monkeypatch, against):
     from matplotlib.figure import Figure
@@ -169,7 +186,7 @@ def test_the_figure_has_a_point_for_each(tmp_path, monkeypatch, against):
         "savefig",
         lambda self, *args, **more: (drawn.append(self), save(self, *args, **more)),
     )
-    other = report.dataclasses.replace(TEACHER, score=93.4)
+    other = report.dataclasses.replace(TEACHER, name=r"_$\foo$", score=93.4)
     compress.figure([other, STUDENT], tmp_path / "report.png", against=against)
     (axes,) = drawn[0].axes
     points = {line.get_label(): line.get_xydata()[0].tolist() for line in axes.lines}
@@ -177,6 +194,8 @@ def test_the_figure_has_a_point_for_each(tmp_path, monkeypatch, against):
     assert points == {
         row.name: [getattr(row, against) / unit, row.score] for row in (other, STUDENT)
     }
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert legend == [other.name, STUDENT.name]  # names are no TeX either
     assert axes.get_xscale() == "log"
     assert (tmp_path / "report.png").stat().st_size > 1000
 
@@ -184,6 +203,11 @@ def test_the_figure_has_a_point_for_each(tmp_path, monkeypatch, against):
 def test_what_can_t_be_drawn_is_refused(tmp_path, monkeypatch, types_unchecked):
     with pytest.raises(ValueError, match=r"rows: no score of \['large'\]"):
         compress.figure([TEACHER, STUDENT], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="rows: there is nothing to draw"):
+        compress.figure([], tmp_path / "x.png")
+    free = report.dataclasses.replace(STUDENT, name="free", flops=0.0)
+    with pytest.raises(ValueError, match=r"rows: flops of \['free'\] is not positive"):
+        compress.figure([STUDENT, free], tmp_path / "x.png", against="flops")
     with pytest.raises(ValueError, match="against: got 'weight'; choose among"):
         compress.figure([STUDENT], tmp_path / "x.png", against="weight")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -80,3 +80,17 @@ def test_damaged_options_and_lines_of_an_earlier_run(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"se')
     with pytest.raises(ValueError, match="config.json is damaged .*; leave the folder"):
         rows(tmp_path)
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_gain_is_positive_where_the_row_is_better(tmp_path, lower):
+    """Of an accuracy and of an error; and no difference has no sign."""
+    rows = [
+        common.Row("users", "mean", [0.5, 0.5]),
+        common.Row("users", "MeLU", [0.2, 0.4], "mean"),
+        common.Row("users", "same", [0.5, 0.5], "mean"),
+    ]
+    common.show("x", rows, tmp_path, unit="MAE", lower_is_better=lower)
+    lines = (tmp_path / "table.md").read_text().splitlines()[-2:]
+    gains = [line.split("|")[-2].split(" ± ")[0].strip() for line in lines]
+    assert gains == ["0.20" if lower else "-0.20", "0.00"]

@@ -57,6 +57,13 @@ def test_smoke_writes_a_table_for_every_measure(smoke):
         assert len(rows) == 24
         compared = [row["method"] for row in rows if row["baseline"]]
         assert compared == ["MeLU + identity"] * 4
+        row = next(row for row in rows if row["baseline"])
+        gain = np.mean(scenarios[row["task"]][row["baseline"]]) - np.mean(row["values"])
+        begins = f"| {row['task']} | {row['method']} |"
+        table = (folder / name / "table.md").read_text().splitlines()
+        line = next(line for line in table if line.startswith(begins))
+        shown = float(line.split("|")[-2].split(" ± ")[0])
+        assert shown == pytest.approx(gain if name == "MAE" else -gain, abs=1e-3)
     # Nobody's rating tells one new item from another.
     blind = results["nDCG@1"]["new users, new items"]
     assert blind["item mean"] == blind["user and item bias"]
@@ -194,6 +201,11 @@ def test_choice_is_by_validation_error_and_never_of_a_run_that_diverged():
         ),
         ({"protocol": lib.Protocol(new_from=2000)}, ValueError, "0 ratings of new"),
         ({"protocol": lib.Protocol(new=0.0)}, ValueError, "'new': 0,.* each needs one"),
+        (
+            {"protocol": lib.Protocol(new_from=1998, queries=12, most=60)},
+            ValueError,
+            "none of the .* existing users has 12 ratings of new items; lower queries",
+        ),
         ({"protocol": lib.Protocol(queries=0)}, ValueError, "protocol.queries: 0 must"),
     ],
 )

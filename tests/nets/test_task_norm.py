@@ -75,6 +75,15 @@ def test_an_unknown_norm_is_refused(types_unchecked):
         nets.Conv4(3, norm="instance").init(KEY, jnp.ones((1, 8, 8, 1)))
 
 
+def test_a_context_is_not_cut_to_the_integers_of_the_inputs():
+    layer = nets.ConcatenatedContext(2)
+    params = {"params": {"value": jnp.array([0.25, -0.5])}}
+    rows = jnp.array([[3, 1]])
+    assert layer.apply(params, rows).tolist() == [[3.0, 1.0, 0.25, -0.5]]
+    half = layer.apply(params, jnp.ones((1, 2), jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     "net", [nets.Conv4(3, filters=4, context=2), nets.MLP(3, context=2)]
 )

@@ -7,6 +7,7 @@ import pytest
 
 from jaxtransfer import nets, ops
 from jaxtransfer.model import from_linen
+from jaxtransfer.typing import Variables
 
 NET = nets.Transformer(
     13, width=16, heads=2, hidden=32, encoder_layers=2, decoder_layers=2, dropout=0.1
@@ -90,6 +91,12 @@ def test_dropout_needs_a_key_and_taps_find_layers(variables):
     np.testing.assert_array_equal(plain, logits(variables, SOURCE, TARGET))
     dropped = MODEL.apply(variables, inputs, train=True, key=jax.random.key(1))[0]
     assert not np.allclose(dropped, plain)
+
+
+def test_no_decoder_has_nothing_to_decode_with():
+    net = nets.Transformer(5, width=8, heads=2, decoder_layers=0)
+    with pytest.raises(ValueError, match="decoder_layers: got 0; decoding needs one"):
+        nets.decoding(net, Variables({}), SOURCE, length=4)
 
 
 def test_heads_must_divide_the_width():

@@ -1,6 +1,7 @@
 import flax.linen as nn
 import jax
 import numpy as np
+import pytest
 
 from jaxtransfer import nets
 
@@ -16,3 +17,9 @@ def test_a_cohort_of_resnets_is_the_same_by_both_convolutions():
 
     ours, theirs = outputs(nets.PatchConv), outputs(nn.Conv)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_user_without_fields_is_refused():
+    net, rows = nets.UserPreference((), marks=3), np.ones((2, 3), np.int32)
+    with pytest.raises(ValueError, match=r"fields: got \(\); give the number"):
+        jax.eval_shape(net.init, jax.random.key(0), rows)

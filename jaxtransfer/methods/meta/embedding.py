@@ -18,6 +18,7 @@ from jaxtransfer.methods.meta.learner import (
     Statistics,
     Visit,
     batch_statistics,
+    check_parts,
     check_support,
 )
 from jaxtransfer.ops.dtypes import common_dtype
@@ -102,8 +103,9 @@ def embedding(model: Model, tap: str | None, statistics: Statistics) -> Embeddin
         return run(params, frozen, model_state, inputs, key, train)[0]
 
     def passed(params, frozen, model_state, batch, key):
-        _, state = run(params, frozen, model_state, batch["inputs"], key, True)
-        return jnp.zeros(()), (state, {})
+        inputs = batch["inputs"]
+        features, state = run(params, frozen, model_state, inputs, key, True)
+        return features, (state, {})
 
     def collected(*arguments: Any) -> ModelState:
         return batch_statistics(passed, *arguments)
@@ -175,6 +177,23 @@ def membership(support: Batch, ways: int) -> jax.Array:
     if "classes" in support:
         member &= support["classes"][None]
     return member
+
+
+def of_present(support: Batch, member: jax.Array) -> dict[str, Any]:
+    """A support for steps: without classes that lack examples or are left out.
+
+    Args:
+        support: as for :func:`membership`.
+        member: its result.
+
+    Returns:
+        The support with ``"classes"``, and ``"where"`` for the rows of those given.
+    """
+    batch = {**support, "classes": member.any(axis=0)}
+    if "classes" in support:  # of labels out of range the loss is to be not-a-number
+        outside = _outside(support, member.shape[1])
+        batch["where"] = member.any(axis=1) | outside
+    return batch
 
 
 def _outside(support: Batch, ways: int) -> jax.Array:
@@ -304,7 +323,10 @@ def comparing(
         return Variables(params, variables.model_state)
 
     def parts(params: Params) -> tuple[Params, Params]:
-        return (params, {}) if own is None else (params["network"], params["metric"])
+        if own is None:
+            return params, {}
+        check_parts(params, ("network", "metric"))
+        return params["network"], params["metric"]
 
     def adapt(
         params: Params,

@@ -33,7 +33,8 @@ Statistics = Literal["transductive", "support", "running"]
   the query by its own. As published by MAML and Reptile; a query's prediction depends
   on the other queries.
 - ``"support"``: the support's, for both, of the parameters that are adapted. A query is
-  judged alone. Of layers that are held, those in the model state.
+  judged alone. Of layers that are held, those in the model state. Layers whose output
+  in training mode reads the running statistics (``nets.StochNorm``) are refused.
 - ``"running"``: those in the model state, for both; see ``collect`` of
   :func:`~jaxtransfer.methods.meta.objective`.
 
@@ -150,16 +151,23 @@ def batch_statistics(
     not read ``old``; so two passes that differ in ``old`` alone (of which a compiled
     program runs one) give ``m`` and the batch's statistics. What a pass does not change
     stays as it is, and so do the statistics of held layers, which are normalised by
-    them, and state that is no mean or variance, such as that of spectral normalisation.
-    """
-    if not jax.tree.leaves(model_state):
-        return model_state
-    moved = _moved(params, frozen, model_state)
+    them, and state that is no mean, variance or size of a batch, such as that of
+    spectral normalisation.
 
-    def left(old: ModelState) -> ModelState:
-        after = task(params, frozen, old, support, key)[1][0]
+    Raises:
+        ValueError: the output reads ``old``, as that of ``nets.StochNorm`` does: other
+            layers would be given the statistics of another input.
+    """
+    moved = _moved(params, frozen, model_state)
+    if not any(jax.tree.leaves(moved)):
+        return model_state
+
+    def passed(old: ModelState) -> tuple[Any, ModelState]:
+        output, (after, _) = task(params, frozen, old, support, key)
         # Flax gives statistics of float64 inputs back as float64.
-        return jax.tree.map(lambda x, before: x.astype(before.dtype), after, old)
+        return output, jax.tree.map(
+            lambda x, o, m: x.astype(o.dtype) if m else x, after, old, moved
+        )
 
     def solve(
         of_zero: jax.Array,
@@ -173,7 +181,7 @@ def batch_statistics(
         kept = jax.lax.stop_gradient((of_old - of_zero) / old)
         return jnp.where(kept < 1, of_zero / jnp.where(kept < 1, 1 - kept, 1), before)
 
-    of_zero = left(
+    _, of_zero = passed(
         jax.tree.map(lambda x, m: jnp.zeros_like(x) if m else x, model_state, moved)
     )
     # As large as the statistics are, so that the difference keeps its digits.
@@ -183,7 +191,31 @@ def batch_statistics(
         model_state,
         moved,
     )
-    return jax.tree.map(solve, of_zero, left(old), old, model_state, moved)
+    of_old = _without_reading(passed, old, moved)
+    return jax.tree.map(solve, of_zero, of_old, old, model_state, moved)
+
+
+def _without_reading(
+    passed: Callable[[ModelState], tuple[Any, ModelState]], old: ModelState, moved: Any
+) -> ModelState:
+    """The state after a pass whose output must not depend on the statistics of old.
+
+    They get an axis of length 1, which the output has then, too, if it reads them.
+    """
+    axes = jax.tree.map(lambda m: 0 if m else None, moved)
+    lifted = jax.tree.map(lambda x, m: x[None] if m else x, old, moved)
+    try:
+        _, after = jax.vmap(passed, in_axes=(axes,), out_axes=(None, 0))(lifted)
+    except ValueError as error:
+        if "out_axes" not in str(error):
+            raise
+        raise ValueError(
+            "statistics: those of the support are asked for, and in training mode the "
+            "network's output reads the running ones, as that of nets.StochNorm does, "
+            'so that they can\'t be told apart; choose statistics="transductive" or '
+            '"running" and leave collect out, or set probability=1 in StochNorm'
+        ) from error
+    return jax.tree.map(lambda x: x[0], after)
 
 
 def _moved(params: Params, frozen: Frozen, model_state: ModelState) -> Any:
@@ -198,7 +230,7 @@ def _moved(params: Params, frozen: Frozen, model_state: ModelState) -> Any:
         while names and isinstance(node := node.get(names[0]), Mapping):
             module.append(names.pop(0))  # a part with collections of its own
         place = "/".join(module + names[1:])
-        is_statistic = bool(names) and re.search("mean|var", names[-1])
+        is_statistic = bool(names) and re.search("mean|var|size", names[-1])
         real = jnp.issubdtype(leaf.dtype, jnp.inexact)
         return bool(real and is_statistic and not lies_under(place, held))
 
@@ -259,7 +291,7 @@ def task(
         supervised(model, loss, train=train),
         supervised(model, outside, train=own),
         predict(model, train=own),
-        of_batch if train else None,
+        of_batch if statistics == "support" else None,
         of_batch,
         statistics == "per_step",
     )
@@ -275,6 +307,19 @@ def check_support(support: Batch) -> None:
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(examples)]
     if not shapes or 0 in {shape[0] for shape in shapes if shape}:
         raise ValueError("support: no examples to adapt on")
+
+
+def check_parts(params: Params, names: tuple[str, ...]) -> None:
+    """Refuse meta-parameters that are not those of a learner with its own.
+
+    Raises:
+        ValueError: a part is missing.
+    """
+    if not set(names) <= set(params):
+        raise ValueError(
+            f"params: got {sorted(params)} where the learner needs {list(names)}; "
+            "begin with learner.init(variables)"
+        )
 
 
 def whole(params: Params, frozen: Frozen) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jaxtransfer.methods.meta.embedding import (
     embedding,
     flat,
     membership,
+    of_present,
 )
 from jaxtransfer.methods.meta.gradients import Backward
 from jaxtransfer.methods.meta.learned import Learned
@@ -21,6 +22,7 @@ from jaxtransfer.methods.meta.learner import (
     Learner,
     Statistics,
     Visit,
+    check_parts,
     check_support,
     task,
 )
@@ -112,6 +114,8 @@ def proto_maml(
     ) -> Adapted:
         check_support(support)
         learned = isinstance(optimizer, Learned)
+        if learned:
+            check_parts(params, ("network", "optimizer"))
         network = params["network"] if learned else params
         leaves = tree.flatten(network)
         missing = [place for place in places if place not in leaves]
@@ -153,7 +157,7 @@ def proto_maml(
             {**params, "network": begun} if learned else begun,
             frozen,
             model_state,
-            {**support, "classes": present},
+            of_present(support, member),
             key,
             None if visit is None else see,
         )

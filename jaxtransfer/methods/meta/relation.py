@@ -24,6 +24,7 @@ from jaxtransfer.methods.meta.learner import (
     Learner,
     Statistics,
     Visit,
+    check_parts,
     check_support,
 )
 from jaxtransfer.ops.dtypes import common_dtype
@@ -151,6 +152,7 @@ def relation(
         visit: Visit | None = None,
     ) -> Adapted:
         check_support(support)
+        check_parts(params, ("network", "relation"))
         _, classes, present = described(params, frozen, model_state, support, key)
         found = {**params, "classes": classes, "present": present}
         maps = embed.settle, compare.settle

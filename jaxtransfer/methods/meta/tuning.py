@@ -17,6 +17,7 @@ from jaxtransfer.methods.meta.embedding import (
     flat,
     judged,
     membership,
+    of_present,
     only_present,
 )
 from jaxtransfer.methods.meta.learner import (
@@ -163,7 +164,7 @@ def tuned(
         features = embed.support(params, frozen, model_state, support["inputs"], key)
         features = counted(flat(features), support, ways)
         begun: Params = {"head": head.start(prng.stream(key, "head"), features, member)}
-        batch = {**support, "classes": present}
+        batch = of_present(support, member)
 
         def found(fast: Params) -> dict[str, Any]:
             return {"network": params, **fast, "present": present}

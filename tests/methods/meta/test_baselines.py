@@ -361,6 +361,20 @@ def test_every_step_is_looked_at(name, float64):
     assert not np.allclose(curves["loss"][:, 0], curves["loss"][:, 1])
 
 
+def test_rows_of_a_class_left_out_do_not_take_part_in_the_steps():
+    net, params = few_shot.made()
+    episode = meta.with_unlabelled_query(few_shot.task_of(few_shot.episodes(), 0))
+    support, two = episode["support"], jnp.arange(WAYS) < 2
+    learner = meta.transductive_fine_tuning(net, SGD, **TAP, steps=1)
+    adapt = jax.jit(learner.adapt)
+    found, expected = (
+        adapt(params, {}, {}, {**support, "classes": two, **only}, KEY).params
+        for only in ({}, {"where": support["labels"] < 2})
+    )
+    few_shot.close(found, expected, 1e-6)
+    assert jnp.abs(found["head"]["kernel"]).max() < 1e3
+
+
 def test_episodes_carry_the_query_without_its_labels():
     batch = few_shot.padded(few_shot.episodes())
     given = meta.with_unlabelled_query(batch)

@@ -231,6 +231,23 @@ def test_absent_classes_leave_the_steps_of_proto_maml_alone(float64):
     few_shot.close(found, expected)
 
 
+def test_rows_of_a_class_left_out_do_not_take_part_in_the_steps():
+    net, params = few_shot.made()
+    learner = meta.proto_maml(net, optax.sgd(0.1), steps=1)
+    support = few_shot.task_of(few_shot.episodes(), 0)["support"]
+    two = jnp.arange(WAYS) < 2
+    whole, masked = (
+        {**support, "classes": two},
+        {**support, "classes": two, "where": support["labels"] < 2},
+    )
+    adapt = jax.jit(learner.adapt)
+    found, expected = (
+        adapt(params, {}, {}, part, KEY).params for part in (whole, masked)
+    )
+    few_shot.close(found, expected, 1e-6)
+    assert jnp.abs(found["head"]["kernel"][:, :2]).max() < 1e3
+
+
 # --- learning -------------------------------------------------------------------------
 
 
@@ -370,6 +387,21 @@ def test_what_can_be_wrong_is_told():
     ):
         with pytest.raises(ValueError, match=message):
             wrong()
+
+
+def test_parameters_that_no_learner_began_are_told():
+    net, params = few_shot.made()
+    relate, first = module()
+    support = few_shot.task_of(few_shot.episodes(), 0)["support"]
+    for learner, needed in (
+        (meta.ridge(net, ways=WAYS), "metric"),
+        (meta.prototypical(net, ways=WAYS, learn_scale=True), "metric"),
+        (meta.relation(net, relate, start=first, ways=WAYS), "relation"),
+        (meta.proto_maml(net, meta.meta_sgd(0.1), steps=1), "optimizer"),
+    ):
+        message = rf"needs \['network', '{needed}'\]; begin with learner.init"
+        with pytest.raises(ValueError, match=message):
+            learner.adapt(params, {}, {}, support, KEY)
 
 
 def test_unknown_names_are_told(types_unchecked):

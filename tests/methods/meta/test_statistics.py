@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxtransfer import nets
 from jaxtransfer.methods import meta
 from jaxtransfer.methods.meta.learner import batch_statistics
 from jaxtransfer.model import from_linen, from_nnx
@@ -194,6 +195,111 @@ def test_statistics_keep_their_type_in_float64():
         learner = meta.objective(built("support", 0.9, steps=2))
         loss, _ = jax.jit(learner)(wide[0], {}, state, first(wide[1]), KEY)
         assert jnp.isfinite(loss)
+
+
+def test_a_query_is_blended_as_the_support_is():
+    """By the support's size too, which task normalisation reads."""
+
+    class Task(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = nets.TaskNorm(not train, name="norm")(x[:, None, :, None])
+            return nn.Dense(3, name="head")(x.reshape(len(x), -1))
+
+    net, sgd = from_linen(Task()), optax.sgd(0.0)
+    support = jax.tree.map(lambda leaf: leaf[0], BATCH["support"])
+    start = net.init(KEY, support["inputs"])
+    start.params["norm"]["blend_slope"] = jnp.full((), 0.3)
+    learner = meta.maml(meta.task(net), sgd, steps=1)
+
+    @jax.jit
+    def found(params, state):
+        begun = params, {}, state
+        states = [
+            one.adapt(*begun, support, KEY).model_state
+            for one in (meta.prototypical(net, ways=3), learner)
+        ]
+        collect = meta.objective(learner, collect=0.0)
+        states.append(collect(*begun, first(BATCH), KEY)[1][0])
+        loss = meta.trajectory(learner)(*begun, first(BATCH), KEY)["loss"]
+        return states, loss, net.apply(start, support["inputs"], train=True)[2]
+
+    states, loss, expected = found(*start)
+    assert float(expected["batch_stats"]["norm"]["size"]) == 3
+    for state in states:
+        close(state, expected)
+    np.testing.assert_allclose(loss[:, 0], loss[:, 1], rtol=1e-5)  # steps of 0
+
+
+class Stochastic(nn.Module):
+    probability: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        for number in range(2):
+            x = nets.StochNorm(
+                not train, probability=self.probability, name=f"norm_{number}"
+            )(x)
+        return nn.Dense(3, name="head")(x)
+
+
+class NNXStochastic(nnx.Module):
+    def __init__(self, rngs):
+        self.norm_0 = nets.NNXStochNorm(6, rngs=rngs)
+        self.norm_1 = nets.NNXStochNorm(6, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm_1(self.norm_0(x)))
+
+
+def traced(net, statistics="support", collect=None, held=()):
+    """The objectives of steps and of none, of a network of which layers are held."""
+    params, state = jax.eval_shape(net.init, KEY, jnp.ones((2, 6)))
+    frozen = {"params": {name: params[name] for name in held}}
+    params = {name: part for name, part in params.items() if name not in held}
+    for learner in (
+        meta.maml(meta.task(net, statistics=statistics), optax.sgd(0.1), steps=1),
+        meta.prototypical(net, ways=3, statistics=statistics),
+    ):
+        run = meta.objective(learner, collect=collect)
+        yield lambda run=run: jax.eval_shape(
+            run, params, frozen, state, first(BATCH), KEY
+        )
+
+
+def test_layers_that_read_the_running_statistics_have_none_of_the_support():
+    stochastic = from_linen(Stochastic())
+    for options in (
+        {"net": stochastic},
+        {"net": from_nnx(NNXStochastic)},
+        {"net": stochastic, "statistics": "running", "collect": 0.5},
+    ):
+        for run in traced(**options):
+            with pytest.raises(ValueError, match="StochNorm.*choose statistics="):
+                run()
+    for options in (
+        {"net": from_linen(Stochastic(1.0))},
+        {"net": stochastic, "statistics": "transductive"},
+        {"net": stochastic, "statistics": "running"},
+        {"net": stochastic, "held": ("norm_0", "norm_1")},
+    ):
+        for run in traced(**options):
+            run()
+
+
+def test_transductive_steps_hand_their_running_statistics_on():
+    """A query reads them where a layer in training mode does."""
+    support = jax.tree.map(lambda leaf: leaf[0], BATCH["support"])
+    adapted = jax.jit(built("transductive", 0.9).adapt)(
+        START.params, {}, RUNNING, support, KEY
+    )
+    expected = jax.tree.map(
+        lambda old, new: 0.9 * old + 0.1 * new,
+        RUNNING,
+        by_hand(START.params, support["inputs"]),
+    )
+    close(adapted.model_state, expected)
 
 
 # --- statistics of a batch, whatever came before --------------------------------------
