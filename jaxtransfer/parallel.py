@@ -194,6 +194,8 @@ def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Any:
     is changed on an accelerator, for several devices, for a version of XLA without the
     option, if ``XLA_FLAGS`` says what is wished, and within another compiled function,
     whose options hold. :func:`jit_step` and :func:`shard_map_step` compile by it.
+    Depthwise convolutions are slow with the library and slower without; see
+    :func:`jaxtransfer.ops.depthwise_conv`.
 
     Args:
         function: what is compiled.

@@ -72,12 +72,17 @@ def depthwise_conv(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _sum(inputs, weights, places, grid):
-    """The sum over the places of padded inputs times weights [places, channels]."""
+    """The sum over the places of padded inputs times weights [places, channels].
+
+    Of step 1, of which the wanted are taken: one program makes no others, and its
+    transpose spreads the gradient once and not for each place.
+    """
+    finest = tuple((_span(size, stride), 1) for size, stride in grid)
     parts = (
-        _under(inputs, place, grid) * weight
+        _under(inputs, place, finest) * weight
         for place, weight in zip(places, weights, strict=True)
     )
-    return functools.reduce(jnp.add, parts)
+    return _every(functools.reduce(jnp.add, parts), grid)
 
 
 @functools.partial(_sum.defjvp, symbolic_zeros=True)
@@ -109,9 +114,18 @@ def _under(inputs, place, grid):
     """What lies under one place of the window, wherever that is; it may be traced."""
     lead = inputs.ndim - len(grid) - 1
     starts = (*(0,) * lead, *place, 0)
-    spans = [(size - 1) * stride + 1 for size, stride in grid]
+    spans = [_span(size, stride) for size, stride in grid]
     found = jax.lax.dynamic_slice(
         inputs, starts, (*inputs.shape[:lead], *spans, inputs.shape[-1])
     )
+    return _every(found, grid)
+
+
+def _span(size, stride):
+    return (size - 1) * stride + 1
+
+
+def _every(values, grid):
+    """One of so many values of each axis as its step is long."""
     steps = tuple(slice(None, None, stride) for _, stride in grid)
-    return found[(..., *steps, slice(None))]
+    return values[(..., *steps, slice(None))]
