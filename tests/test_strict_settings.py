@@ -105,6 +105,14 @@ def _chunked():
     return jax.grad(ops.chunked_mean(loss, 1), has_aux=True)(HALF[0], HALF)
 
 
+def _depthwise():
+    def total(*given):
+        return jnp.sum(ops.depthwise_conv(*given, strides=2), dtype=jnp.float32)
+
+    kernel = jnp.ones((3, 3, 1, IMAGES.shape[-1]), jnp.float32)
+    return jax.grad(total, argnums=(0, 1))(IMAGES, kernel)
+
+
 def _kernels(**options):
     def total(x):
         return ops.gaussian_kernel_sum(x, HALF, **options)
@@ -132,8 +140,10 @@ OPERATIONS = {
     "chunked_mean": _chunked,
     "conv": lambda: ops.conv(IMAGES, jnp.ones((3, 3, 3, 4))),
     "decoding": _written,
+    "depthwise_conv": _depthwise,
     "gaussian_kernel_sum": _kernels,
     "gaussian_kernel_sum, tiles": lambda: _kernels(tile=2),
+    "max_pool": lambda: ops.max_pool(IMAGES, window=3, strides=2, padding=1),
     "mean_squared_distance": lambda: ops.mean_squared_distance(HALF, HALF),
     "squared_distances": lambda: ops.squared_distances(HALF, HALF),
     "Context": lambda: _applied(nets.Context(4), IMAGES.astype(jnp.float32)),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxtransfer.ops.dtypes import common_dtype
 from jaxtransfer.ops.patches import Padding, padded_windows
+from jaxtransfer.ops.varying import vary, varying_axes
 from jaxtransfer.typing import AnyArray
 
 
@@ -65,24 +66,22 @@ def depthwise_conv(
     wide = common_dtype(dtype, jnp.float32)
     inputs, strides, sizes = padded_windows(inputs, window, strides, padding)
     places = tuple(itertools.product(*map(range, window)))
-    weights = kernel.reshape(len(places), -1).astype(wide)
+    alone = (1,) * (inputs.ndim - 1)
+    weights = kernel.reshape(len(places), *alone, -1).astype(wide)
+    given = inputs.astype(wide), weights
+    given = vary(given, varying_axes(given))
     grid = tuple(zip(sizes, strides, strict=True))
-    return _sum(inputs.astype(wide), weights, places, grid).astype(dtype)
+    return _sum(*given, places, grid).astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _sum(inputs, weights, places, grid):
-    """The sum over the places of padded inputs times weights [places, channels].
-
-    Of step 1, of which the wanted are taken: one program makes no others, and its
-    transpose spreads the gradient once and not for each place.
-    """
-    finest = tuple((_span(size, stride), 1) for size, stride in grid)
+    """Sum over the places: padded inputs times weights [places, ..., channels]."""
     parts = (
-        _under(inputs, place, finest) * weight
+        _under(inputs, place, grid) * weight
         for place, weight in zip(places, weights, strict=True)
     )
-    return _every(functools.reduce(jnp.add, parts), grid)
+    return functools.reduce(jnp.add, parts)
 
 
 @functools.partial(_sum.defjvp, symbolic_zeros=True)
@@ -91,7 +90,10 @@ def _sum_jvp(places, grid, primals, tangents):
     value = _sum(inputs, weights, places, grid)
     slope = jnp.zeros_like(value)
     if not isinstance(inputs_slope, SymbolicZero):
-        slope = _sum(inputs_slope, weights, places, grid)
+        # Of step 1, of which the wanted are taken (compiled, no others are made): the
+        # transpose then spreads a gradient once, and not for each place.
+        finest = tuple((_span(size, stride), 1) for size, stride in grid)
+        slope = _every(_sum(inputs_slope, weights, places, finest), grid)
     if not isinstance(weights_slope, SymbolicZero):
         slope += _one_by_one(inputs, weights_slope, places, grid)
     return value, slope
@@ -107,6 +109,7 @@ def _one_by_one(inputs, weights, places, grid):
 
     shape = (*inputs.shape[: -len(grid) - 1], *(size for size, _ in grid))
     start = jnp.zeros((*shape, inputs.shape[-1]), inputs.dtype)
+    start = vary(start, varying_axes((inputs, weights)))
     return jax.lax.scan(add, start, (jnp.array(places), weights))[0]
 
 

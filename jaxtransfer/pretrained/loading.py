@@ -195,6 +195,8 @@ def save(
 ) -> None:
     """Write a network's weights to a file; undoes :func:`load` exactly.
 
+    With several processes one is enough; all may call it.
+
     Args:
         path: ``.safetensors``, ``.npz`` or ``.msgpack``; replaced if it is there.
         variables: of the network.

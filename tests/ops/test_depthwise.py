@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxtransfer import nets, ops
+from jaxtransfer import nets, ops, parallel
 from jaxtransfer.model import from_linen
 from jaxtransfer.nets.layers import PatchConv
 
@@ -74,6 +75,25 @@ def test_one_kernel_a_task_and_one_axis_or_three():
     assert cube.shape == (4, 4, 4, 2)
 
 
+def test_gradients_on_two_devices_are_those_of_one():
+    """Of a kernel that is the same on both its gradient is the sum."""
+    mesh, split = parallel.make_mesh(devices=jax.devices()[:2]), P("data")
+    inputs, kernel = _inputs(), _inputs((3, 3, 1, 3), 1)
+
+    def gradient(inputs, kernel):
+        def total(*given):
+            return jnp.sum(ops.depthwise_conv(*given, strides=2) ** 2)
+
+        return jax.grad(total, argnums=(0, 1))(inputs, kernel)
+
+    each = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(split, P()), out_specs=(split, P())
+    )
+    results = jax.jit(each)(inputs, kernel), gradient(inputs, kernel)
+    for got, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_half_precision_is_summed_in_float32():
     inputs, kernel = (
         x.astype(jnp.bfloat16) for x in (_inputs(), _inputs((3, 3, 1, 3)))
@@ -94,6 +114,18 @@ def test_the_gradient_keeps_no_copy_for_each_place_of_the_window():
     gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
     memory = gradient.lower(inputs, kernel).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 5 * inputs.nbytes
+
+
+def test_it_is_counted_as_a_convolution_is():
+    """As `compress.measure` counts, before XLA leaves out what nobody takes."""
+    inputs, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 1, 4))
+    found = [
+        jax.jit(functools.partial(conv, strides=(2, 2), padding="VALID"))
+        .lower(inputs, kernel)
+        .cost_analysis()["flops"]
+        for conv in (ops.depthwise_conv, _lax)
+    ]
+    assert found == [17 * 9 * 4, 18 * 9 * 4]
 
 
 def test_a_kernel_that_is_held_costs_no_gradient():
