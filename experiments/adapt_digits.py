@@ -236,7 +236,7 @@ def make_terms(method: str, critic: Any, config: Config) -> tuple[adapt.Term, ..
         return (adapt.cdan(critic, tap=config.dann_tap, reversal=ramp),)
     if method == "LMMD":
         ramp = partial(ops.dann, gamma=config.dann_gamma)
-        return (adapt.compare(_local, tap="features", weight=ramp, name="local"),)
+        return (adapt.compare(local_mmd, tap="features", weight=ramp, name="local"),)
     if method in (SOURCE_ONLY, BOUND):
         return ()
     raise ValueError(
@@ -244,7 +244,7 @@ def make_terms(method: str, critic: Any, config: Config) -> tuple[adapt.Term, ..
     )
 
 
-def _local(source: adapt.Domain, target: adapt.Domain) -> jax.Array:
+def local_mmd(source: adapt.Domain, target: adapt.Domain) -> jax.Array:
     """Local MMD, class by class by what is predicted for the target."""
     return losses.local_maximum_mean_discrepancy(
         source.features, target.features, source.labels, jax.nn.softmax(target.outputs)

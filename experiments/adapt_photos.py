@@ -24,6 +24,7 @@ import numpy as np
 import optax
 import scipy.stats
 
+from experiments.adapt_digits import local_mmd
 from experiments.common import (
     Row,
     StudyConfig,
@@ -157,7 +158,7 @@ def read(config: Config) -> dict[str, dict[str, Any]]:
     """
     if config.photos == "random":
         return _patterns(config)
-    folder = find("photos", config.photos, config)
+    folder = find("photos", config.photos, config, folder=True)
     there = sorted(place.name for place in folder.iterdir() if place.is_dir())
     chosen = config.domains or tuple(there)
     if missing := [name for name in chosen if name not in there]:
@@ -170,6 +171,12 @@ def read(config: Config) -> dict[str, dict[str, Any]]:
         name: data.image_folder(folder / name, size=config.image_size, channels=3)
         for name in chosen
     }
+    for name, domain in domains.items():
+        if (count := len(domain["labels"])) < _EVERY:
+            raise ValueError(
+                f"photos: {name} has {count} photographs; give {_EVERY} at least, of "
+                "which one is held out"
+            )
     (first, one), *others = domains.items()
     for name, other in others:
         if other["names"] != one["names"]:
@@ -209,7 +216,7 @@ def read_features(
     last = features.extract(net, tap=backbone.tap)
     mean, deviation = jnp.asarray(backbone.mean), jnp.asarray(backbone.deviation)
 
-    @parallel.jit
+    @parallel.jit  # pooled at once: all maps of a domain are gigabytes
     def run(variables: Variables, pixels: jax.Array) -> jax.Array:
         found = last(variables, (pixels - mean) / deviation)
         return jnp.mean(nn.relu6(found), axis=(1, 2))
@@ -236,7 +243,7 @@ def padded(inputs: np.ndarray, labels: np.ndarray, rows: int) -> Domain:
     )
 
 
-def make_term(method: str, strength: Any, critic: Model) -> tuple[adapt.Term, ...]:
+def make_terms(method: str, strength: Any, critic: Model) -> tuple[adapt.Term, ...]:
     """What a method adds to the source loss, with a weight that may be traced.
 
     Raises:
@@ -245,13 +252,6 @@ def make_term(method: str, strength: Any, critic: Model) -> tuple[adapt.Term, ..
 
     def ramp(done: jax.Array) -> jax.Array:
         return strength * ops.dann(done)
-
-    def local(source: adapt.Domain, target: adapt.Domain) -> jax.Array:
-        labels: Any = source.labels
-        likely = jax.nn.softmax(target.outputs)
-        return losses.local_maximum_mean_discrepancy(
-            source.features, target.features, labels, likely
-        )
 
     def confusion(source: adapt.Domain, target: adapt.Domain) -> jax.Array:
         del source
@@ -263,7 +263,7 @@ def make_term(method: str, strength: Any, critic: Model) -> tuple[adapt.Term, ..
         "MMD": lambda: (adapt.align(unbiased, tap="features", weight=ramp),),
         "CORAL": lambda: (adapt.align(losses.coral, tap="features", weight=ramp),),
         "LMMD": lambda: (
-            adapt.compare(local, tap="features", weight=ramp, name="local"),
+            adapt.compare(local_mmd, tap="features", weight=ramp, name="local"),
         ),
         "MCC": lambda: (adapt.compare(confusion, weight=ramp, name="confusion"),),
         "DANN": lambda: (adapt.dann(critic, tap="features", reversal=ramp),),
@@ -304,7 +304,7 @@ def make_run(method: str, classes: int, config: Config) -> Callable:
             tap="features" if judged else None,
             conditional=method == "CDAN",
         )
-        terms = make_term(method, strength, critic)
+        terms = make_terms(method, strength, critic)
         step = train_step(adapt.objective(net, *terms, steps=config.steps), optimizer)
 
         def sample(key: jax.Array, number: jax.Array | int) -> dict[str, Any]:
@@ -395,13 +395,19 @@ class Trained(NamedTuple):
 
 
 def choices(trained: list[Trained]) -> dict[str, np.ndarray]:
-    """Accuracy ``[seeds]`` of what each validator chooses of all networks of a pair."""
+    """Accuracy ``[seeds]`` of what each validator chooses of all networks of a pair.
+
+    Of several that it likes best, their mean; one that is not a number is no choice.
+    """
     accuracy = np.concatenate([each.accuracy for each in trained])
     found = {AT_RANDOM: accuracy.mean(axis=0)}
     for name in VALIDATORS:
         values = np.concatenate([each.validators[name] for each in trained])
-        best = [int(scores.choose(jnp.asarray(column))) for column in values.T]
-        found[name] = accuracy[best, np.arange(len(best))]
+        best = [
+            values[int(scores.choose(jnp.asarray(v))), n]
+            for n, v in enumerate(values.T)
+        ]
+        found[name] = np.mean(accuracy, axis=0, where=values == np.array(best))
     return found | {ORACLE: accuracy.max(axis=0)}
 
 
@@ -432,14 +438,15 @@ def save_networks(
                 values = [each.accuracy, *(each.validators[v] for v in VALIDATORS)]
                 for weight, seed in np.ndindex(each.accuracy.shape):
                     numbers = [float(value[weight, seed]) for value in values]
-                    lines.writerow([pair, method, strengths[weight], seed, *numbers])
+                    strength = "" if method == SOURCE_ONLY else strengths[weight]
+                    lines.writerow([pair, method, strength, seed, *numbers])
 
 
 def main(config: Config) -> dict[str, Any]:
     """Run the study; the table's rows and the folder of results."""
     started = time.perf_counter()
     for method in config.methods:
-        make_term(method, 1.0, from_linen(nets.Critic()))
+        make_terms(method, 1.0, from_linen(nets.Critic()))
     strengths = (config.strength, *config.also)
     if len({*strengths}) < len(strengths) or min(strengths) <= 0:
         raise ValueError(f"also: weights {strengths} must differ and be positive")

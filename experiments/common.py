@@ -244,7 +244,14 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def find(option: str, name: str, config: StudyConfig, *, under: str = "") -> Path:
+def find(
+    option: str,
+    name: str,
+    config: StudyConfig,
+    *,
+    under: str = "",
+    folder: bool = False,
+) -> Path:
     """A file or folder that an option names: a path, or one below --data-dir.
 
     Args:
@@ -252,19 +259,22 @@ def find(option: str, name: str, config: StudyConfig, *, under: str = "") -> Pat
         name: what was given.
         config: the options.
         under: where it lies in a folder of --data-dir.
+        folder: whether it is one, not a file.
 
     Raises:
         FileNotFoundError: it is nowhere.
     """
     given = config.data_dir or os.environ.get("JAXTRANSFER_DATA_DIR", "")
     folders = list(filter(None, given.split(os.pathsep)))
-    places = [Path(name), *(Path(folder, under, name) for folder in folders)]
+    places = [Path(name), *(Path(part, under, name) for part in folders)]
     for place in places:
-        if (found := place.expanduser()).exists():
+        found = place.expanduser()
+        if name and (found.is_dir() if folder else found.is_file()):
             return found
     below = f"under {under}/ of" if under else "in"
     raise FileNotFoundError(
-        f"{option}: no {name!r}, nor {below} {folders}; give its path with "
+        f"{option}: no {'folder' if folder else 'file'} {name!r}, nor {below} "
+        f"{folders}; give its path with "
         f"--{option.replace('_', '-')}, or the folder above with --data-dir"
     )
 

@@ -53,7 +53,7 @@ def test_rows_files_and_networks_that_get_no_label_of_the_target(tmp_path, monke
     with (found["folder"] / "networks.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 2 * (1 + 2) * config.seeds
-    assert {line["weight"] for line in lines} == {"1.0", "10.0"}
+    assert {line["weight"] for line in lines} == {"", "1.0", "10.0"}
     assert {line["seed"] for line in lines} == {"0", "1"}
     assert len(seen) == 4
     for _, _, source, target, there, density in seen:
@@ -106,7 +106,8 @@ def test_every_fifth_photograph_is_held_out_of_each_class():
 
 
 def test_a_validator_chooses_among_all_networks_of_a_seed():
-    """Two methods of one and two weights, two seeds; not-a-number is not chosen."""
+    """Two methods of one and two weights, two seeds; not-a-number is not chosen, and
+    of those that are equally good the mean counts."""
     first = np.array([[50.0, 60.0]])
     second = np.array([[70.0, 40.0], [90.0, 80.0]])
     values = [np.array([[0.5, 0.1]]), np.array([[0.6, 0.2], [np.nan, 0.1]])]
@@ -118,6 +119,11 @@ def test_a_validator_chooses_among_all_networks_of_a_seed():
     np.testing.assert_allclose(found[AT_RANDOM], [70, 60])
     assert found["IM"].tolist() == [70, 40]
     assert found[ORACLE].tolist() == [90, 80]
+    same = [
+        Trained(first, dict.fromkeys(adapt_photos.VALIDATORS, np.zeros((1, 2)))),
+        Trained(second, dict.fromkeys(adapt_photos.VALIDATORS, np.zeros((2, 2)))),
+    ]
+    assert adapt_photos.choices(same)["DEV"].tolist() == [70, 60]
 
 
 def test_rank_correlations_are_means_of_pairs_and_seeds():
@@ -130,12 +136,14 @@ def test_rank_correlations_are_means_of_pairs_and_seeds():
     assert found == pytest.approx(dict.fromkeys(adapt_photos.VALIDATORS, 3 / 5))
 
 
-def folder(path, **domains):
+def folder(path, photographs=3, **domains):
+    """So many photographs of each class."""
     for domain, classes in domains.items():
         for name in classes:
             place = path / domain / name
             place.mkdir(parents=True)
-            Image.new("RGB", (12, 9)).save(place / "one.png")
+            for number in range(photographs):
+                Image.new("RGB", (12, 9)).save(place / f"{number}.png")
     return str(path)
 
 
@@ -146,15 +154,16 @@ def test_photographs_of_a_folder(tmp_path, monkeypatch):
     for given in (photos, "mine"):
         domains = adapt_photos.read(dataclasses.replace(config, photos=given))
         assert list(domains) == ["street", "shop"]
-        assert domains["shop"]["inputs"].shape == (2, 32, 32, 3)
+        assert domains["shop"]["inputs"].shape == (6, 32, 32, 3)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"photos": "nowhere"}, "photos: no 'nowhere'.*--data-dir"),
-        ({"domains": ("shop", "sea")}, r"domains: .* has no \['sea'\], but \['other'"),
+        ({"photos": "nowhere"}, "photos: no folder 'nowhere'.*--data-dir"),
+        ({"domains": ("shop", "sea")}, r"domains: .* has no \['sea'\], but \['few'"),
         ({"domains": ("shop",)}, "at least two take part"),
+        ({"domains": ("shop", "few")}, "few has 2 photographs; give 5 at least"),
         ({"domains": ("shop", "other")}, r"the classes of other, \['a', 'c'\]"),
         ({"methods": ("CADN",)}, "methods: 'CADN' is unknown; choose from MMD"),
         ({"also": (1.0,)}, "also: weights .* must differ"),
@@ -163,7 +172,10 @@ def test_photographs_of_a_folder(tmp_path, monkeypatch):
 )
 def test_refusals(tmp_path, options, message):
     photos = folder(tmp_path / "mine", shop="ab", street="ab", other="ac")
-    config = dataclasses.replace(SMOKE, photos=photos, domains=(), run_dir=tmp_path)
+    folder(tmp_path / "mine", photographs=1, few="ab")
+    config = dataclasses.replace(
+        SMOKE, photos=photos, domains=("shop", "street"), run_dir=tmp_path
+    )
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         adapt_photos.main(dataclasses.replace(config, **options))
 

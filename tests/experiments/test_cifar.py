@@ -67,7 +67,7 @@ def test_the_teacher_s_file(tmp_path, key):
     config = dataclasses.replace(
         CONFIG, weights="small.safetensors", data_dir=str(tmp_path)
     )
-    with pytest.raises(FileNotFoundError, match="no 'small.*--weights"):
+    with pytest.raises(FileNotFoundError, match="no file 'small.*--weights"):
         cifar.read_teacher(config, cifar.resnet(config, 8))
     model = cifar.resnet(config, 8)
     variables = jax.jit(model.init)(key, jnp.ones((1, 32, 32, 3)))
