@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtransfer.processes import exchange, wait
+from jaxtransfer.processes import exchange, is_own, wait
 from jaxtransfer.typing import Batch, Step
 
 _PATIENCE = 600.0  # seconds that a batch waits for those of other processes
@@ -70,7 +70,7 @@ def _check_agreed(batch: Batch, mesh: Mesh | None) -> None:
     shapes = tuple(
         (jax.tree_util.keystr(path), np.shape(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if is_own(leaf)
     )
     if not shapes or (shapes, mesh) in _agreed:
         return
@@ -84,9 +84,9 @@ def _check_agreed(batch: Batch, mesh: Mesh | None) -> None:
             given = ", ".join(f"batch{path}: {shape}" for path, shape in shapes)
             raise ValueError(
                 f"batch: process {jax.process_index()} gives {given}, and within "
-                f"{_PATIENCE:.0f} seconds not every other process gave the same; give "
-                "as many rows in every process (data: batches of one size, as many in "
-                "each shard)"
+                f"{_PATIENCE:.0f} seconds not every other process gave the same: one "
+                "is late, or gives another number; give as many rows in every process "
+                "(data: batches of one size, as many in each shard) and start again"
             )
     _agreed.add((shapes, mesh))
 
@@ -131,20 +131,22 @@ def _check_same(tree: Any, mesh: Mesh) -> None:
     if jax.process_count() == 1:
         return
     own = [
-        leaf
-        for leaf in jax.tree.leaves(tree)
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if is_own(leaf)
     ]
     processes = {device.process_index for device in mesh.devices.flat} if own else set()
     if len(processes) < jax.process_count():  # none of its own after the first update
         return
     crc = 0
-    for leaf in own:
+    for path, leaf in own:
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
             leaf.dtype, jax.dtypes.prng_key
         ):
             leaf = jax.random.key_data(leaf)
-        crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+        values = np.asarray(leaf)
+        crc = zlib.crc32(f"{path} {values.shape} {values.dtype}".encode(), crc)
+        crc = zlib.crc32(values.tobytes(), crc)
     if len(found := set(exchange(f"{crc}"))) > 1:
         raise ValueError(
             f"state: what the processes have differs ({len(found)} kinds among "

@@ -7,6 +7,7 @@ can say so where the others would wait for it in a collective for ever.
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -70,11 +71,11 @@ def together(*kinds: type[Exception], seconds: float = 3600.0) -> Iterator[None]
     error = None
     try:
         yield
-    except Exception as raised:
+    except BaseException as raised:  # of Ctrl-C, too: the others wait for a word
         error = raised
     said = ""
     if error is not None:
-        kind = [isinstance(error, kind) for kind in (*kinds, Exception)].index(True)
+        kind = [isinstance(error, kind) for kind in (*kinds, BaseException)].index(True)
         said = f"{kind} {type(error).__name__}: {error}"
     everyone = exchange(said, seconds=seconds)
     if error is not None:
@@ -85,4 +86,9 @@ def together(*kinds: type[Exception], seconds: float = 3600.0) -> Iterator[None]
             raise (*kinds, RuntimeError)[int(kind)](f"in process {process}: {message}")
 
 
-__all__ = ["exchange", "together", "wait"]
+def is_own(leaf: Any) -> bool:
+    """Whether an array is of this process alone, or no array of JAX."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+__all__ = ["exchange", "is_own", "together", "wait"]

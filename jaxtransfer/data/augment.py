@@ -14,18 +14,34 @@ from jaxtransfer.typing import AnyArray
 Augment = Callable[[Example, np.random.Generator], Example]
 
 
+_OF_PIXELS = ("labels", "where")
+"""Fields that belong to the image's pixels if they are as large."""
+
+
+def _named(fields: Sequence[str]) -> tuple[str, ...]:
+    """Names of fields, one at least."""
+    if isinstance(fields, str) or not fields:
+        raise ValueError(f"fields={fields!r} must be names, as ('inputs', 'labels')")
+    return tuple(fields)
+
+
 def _moved(
     example: Example, fields: Sequence[str], move: Callable[[np.ndarray], np.ndarray]
 ) -> Example:
-    """The example with some fields moved, if no other lies on the same pixels."""
+    """The example with fields of the same pixels moved, and none of them forgotten."""
     if absent := [name for name in fields if name not in example]:
         raise ValueError(f"fields: the example has no {absent}, but {sorted(example)}")
-    height, width = example[fields[0]].shape[:2]
-    for name, value in example.items():
-        if name not in fields and np.shape(value)[:2] == (height, width):
+    sizes = {name: np.shape(example[name])[:2] for name in fields}
+    size = sizes[fields[0]]
+    if len(size) < 2 or set(sizes.values()) != {size}:
+        raise ValueError(
+            f"fields: height and width of {sizes} differ; bring them to one size"
+        )
+    for name in _OF_PIXELS:
+        if name not in fields and np.shape(example.get(name, ()))[:2] == size:
             raise ValueError(
-                f"{name!r} is of {height} x {width} pixels, as {fields[0]!r} is, and "
-                f"would not be moved with it; give fields={(*fields, name)}"
+                f"{name!r} is of {size[0]} x {size[1]} pixels as {fields[0]!r} is, "
+                f"and would not be moved with it; give fields={(*fields, name)}"
             )
     return {**example, **{name: move(example[name]) for name in fields}}
 
@@ -39,15 +55,16 @@ def random_crop(*, pad: int, fields: Sequence[str] = ("inputs",)) -> Augment:
     Args:
         pad: pixels on every side, 0 or more and less than the sides of the images.
         fields: what is moved, all in the same way: images, and labels or masks of their
-            pixels `("inputs", "labels")`.
+            pixels `("inputs", "labels")`, as large.
 
     Returns:
         A function `(example, generator) -> example` that changes the fields, each
         `[height, width, ...]`.
 
     Raises:
-        ValueError: negative `pad`, or, when called, an example without a field or with
-            another of as many pixels.
+        ValueError: negative `pad` or no `fields`; when called, an example without one
+            of them, fields of several sizes, or `labels` or `where` of the same pixels
+            that are not among them.
 
     Example:
         >>> crop = random_crop(pad=2)
@@ -57,6 +74,7 @@ def random_crop(*, pad: int, fields: Sequence[str] = ("inputs",)) -> Augment:
     """
     if pad < 0:
         raise ValueError(f"pad={pad} must be at least 0")
+    fields = _named(fields)
 
     def augment(example: Example, generator: np.random.Generator) -> Example:
         top, left = generator.integers(0, 2 * pad + 1, size=2)
@@ -86,8 +104,7 @@ def horizontal_flip(
         `[height, width, ...]`.
 
     Raises:
-        ValueError: `probability` outside `[0, 1]`, or, when called, an example without
-            a field or with another of as many pixels.
+        ValueError: `probability` outside `[0, 1]`; as `random_crop`.
 
     Example:
         >>> flip = horizontal_flip(probability=1.0)
@@ -97,6 +114,7 @@ def horizontal_flip(
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability={probability} must lie in [0, 1]")
+    fields = _named(fields)
 
     def augment(example: Example, generator: np.random.Generator) -> Example:
         mirrored = generator.random() < probability

@@ -63,7 +63,8 @@ def depthwise_conv(
         )
     window = kernel.shape[:-2]
     dtype = common_dtype(inputs, kernel)
-    wide = common_dtype(dtype, jnp.float32)
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    wide = common_dtype(dtype, jnp.float32) if floating else dtype
     inputs, strides, sizes = padded_windows(inputs, window, strides, padding)
     places = tuple(itertools.product(*map(range, window)))
     alone = (1,) * (inputs.ndim - 1)

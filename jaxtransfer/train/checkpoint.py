@@ -70,7 +70,7 @@ def _check_shared(folder: pathlib.Path) -> None:
 
 def _everywhere(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves, with those that each process has of its own as such of all."""
-    own = {path: leaf for path, leaf in leaves.items() if leaf.is_fully_addressable}
+    own = {path: leaf for path, leaf in leaves.items() if processes.is_own(leaf)}
     if jax.process_count() == 1 or not own:
         return dict(leaves)
     return {**leaves, **parallel.replicate(own, parallel.make_mesh())}

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtransfer.processes import exchange
+from jaxtransfer.processes import exchange, is_own
 from jaxtransfer.train import metrics as metrics_lib
 from jaxtransfer.typing import Mean
 
@@ -25,6 +25,8 @@ def evaluate_batches(
     With several hosts each process gives its part of every batch and all get the means
     of the whole: ``parallel.jit_step(eval_step(...), mesh)``, and batches of
     ``data.evaluation_batches(..., shard=(jax.process_index(), jax.process_count()))``.
+    A state that no step has given back yet is laid over the mesh for each batch anew:
+    lay it there once (:func:`~jaxtransfer.parallel.replicate`).
 
     Args:
         eval_step: ``(state, batch) -> {name: (sum, count)}``, compiled: of
@@ -64,7 +66,7 @@ def evaluate_batches(
 
     for batch in batches:
         metrics = eval_step(state, batch)
-        if several and not reduced and all(map(_is_local, jax.tree.leaves(metrics))):
+        if several and not reduced and all(map(is_own, jax.tree.leaves(metrics))):
             raise _of_one_alone()
         if waiting is not None:
             add(waiting)
@@ -76,10 +78,6 @@ def evaluate_batches(
     if several and not reduced:
         _check_same(means)
     return means
-
-
-def _is_local(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _check_same(means: dict[str, Any]) -> None:

@@ -118,7 +118,8 @@ def fit(
     is each one's part (see :func:`~jaxtransfer.parallel.jit_step`), and equally long.
     Process 0 writes the records; checkpoints are written by all. A signal to one stops
     all, in the next call if it comes between two; JAX's service takes note of one
-    signal in the life of a process.
+    signal in the life of a process. Data that ends is an error without a last save, for
+    that of others may go on.
 
     Args:
         step: compiled step, of :func:`~jaxtransfer.parallel.jit_step` and the like.
@@ -151,7 +152,7 @@ def fit(
     Example:
         >>> import itertools
         >>> import jax, jax.numpy as jnp, optax
-        >>> from jaxtransfer.processes import together
+        >>> from jaxtransfer import parallel
         >>> from jaxtransfer.train import init_state, train_step
         >>> from jaxtransfer.typing import Variables
         >>> def objective(params, frozen, model_state, batch, key):

@@ -403,6 +403,18 @@ def test_labels_of_pixels_are_not_left_behind(change):
             change(example, generator)
     with pytest.raises(ValueError, match="fields: the example has no"):
         change({"image": example["inputs"]}, generator)
+    view = {"inputs": np.zeros((5, 6, 1)), "view": np.zeros((5, 6, 1))}
+    assert change(view, generator)["view"] is view["view"]
+
+
+def test_fields_are_names_of_what_is_as_large():
+    example = {"inputs": np.zeros((8, 8, 1)), "labels": np.zeros((4, 4))}
+    change = data.random_crop(pad=1, fields=("inputs", "labels"))
+    with pytest.raises(ValueError, match="'labels': .4, 4.. differ; bring them to one"):
+        change(example, np.random.default_rng(0))
+    for fields in ("inputs", ()):
+        with pytest.raises(ValueError, match="must be names, as"):
+            data.horizontal_flip(fields=fields)
 
 
 @pytest.mark.parametrize("kind", ["crop", "flip"])

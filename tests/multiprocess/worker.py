@@ -183,7 +183,8 @@ def alone():
     refused(ValueError, "as many rows", parallel.shard_batch, rows["inputs"], mesh)
     refused(ValueError, "as many rows", per_device, fresh, rows)
     parallel._PATIENCE = patience
-    refused(ValueError, "differs", parallel.replicate, np.full(2, process), mesh)
+    for other in np.full(2, process), np.zeros((2, 1 + process)):
+        refused(ValueError, "differs", parallel.replicate, other, mesh)
 
     refused(OSError, "not that of process 0", Checkpointer, near / f"own {process}")
     with Checkpointer(near / "local") as checkpointer:

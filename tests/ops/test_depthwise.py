@@ -104,6 +104,11 @@ def test_half_precision_is_summed_in_float32():
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
+def test_integers_are_summed_as_integers(types_unchecked):
+    inputs = jnp.array([[[20000001]]])
+    assert ops.depthwise_conv(inputs, jnp.ones((1, 1, 1, 1), int)).item() == 20000001
+
+
 def test_the_gradient_keeps_no_copy_for_each_place_of_the_window():
     """Nine products as large as the inputs would be nine times their size."""
     inputs, kernel = jnp.ones((4, 32, 32, 16)), jnp.ones((3, 3, 1, 16))

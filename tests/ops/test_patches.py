@@ -285,6 +285,12 @@ def test_nnx_layer_is_a_drop_in(options):
     )
 
 
+@pytest.mark.parametrize("dtype", [bool, jnp.float16, jnp.float8_e4m3fn])
+def test_max_pool_pads_what_has_no_infinity_too(dtype, types_unchecked):
+    pooled = ops.max_pool(jnp.zeros((3, 3, 1), dtype), padding="SAME")
+    assert pooled.dtype == dtype and not pooled.any()
+
+
 def test_max_pool_pads_integers_too(types_unchecked):
     pooled = ops.max_pool(jnp.full((3, 3, 1), -5), padding="SAME")
     assert pooled.dtype == jnp.int32

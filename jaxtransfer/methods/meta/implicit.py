@@ -187,9 +187,10 @@ def implicit_maml(
         )
         given = frozen, model_state, support, key
         adapted = solution(params, found.params, *given)
+        state = found.model_state
         if task.statistics is not None:
-            model_state = task.statistics(adapted, *given)
-        return Adapted(adapted, model_state, found.visited)
+            state = task.statistics(adapted, *given)
+        return Adapted(adapted, state, found.visited)
 
     return Learner(
         descend.init,

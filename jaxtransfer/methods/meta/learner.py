@@ -155,12 +155,10 @@ def batch_statistics(
     spectral normalisation.
 
     Raises:
-        ValueError: the output reads ``old``, as that of ``nets.StochNorm`` does: other
-            layers would be given the statistics of another input.
+        ValueError: the output reads statistics that the layer writes, as that of
+            ``nets.StochNorm`` does: other layers would be given the statistics of
+            another input. A layer that is fixed, and writes none, may.
     """
-    moved = _moved(params, frozen, model_state)
-    if not any(jax.tree.leaves(moved)):
-        return model_state
 
     def passed(old: ModelState) -> tuple[Any, ModelState]:
         output, (after, _) = task(params, frozen, old, support, key)
@@ -168,6 +166,42 @@ def batch_statistics(
         return output, jax.tree.map(
             lambda x, o, m: x.astype(o.dtype) if m else x, after, old, moved
         )
+
+    moved = _moved(params, frozen, model_state)
+    if not any(jax.tree.leaves(moved)):
+        return model_state
+    try:
+        return _solved(passed, model_state, moved)
+    except _Read as error:
+        # Layers that are fixed read the running statistics, too, but write none.
+        written = _written(passed, model_state)
+        fewer = jax.tree.map(lambda m, w: m and w, moved, written)
+        if fewer == moved:
+            raise ValueError(_CANNOT_BE_TOLD) from error
+    try:
+        return _solved(passed, model_state, fewer)
+    except _Read as error:
+        raise ValueError(_CANNOT_BE_TOLD) from error
+
+
+_CANNOT_BE_TOLD = (
+    "statistics: those of the support are asked for, and in training mode the "
+    "network's output reads running ones that it writes, as that of nets.StochNorm "
+    'does, so that they can\'t be told apart; choose statistics="transductive" or '
+    '"running" and leave collect out, or set probability=1 in StochNorm'
+)
+
+
+class _Read(Exception):
+    """The output of a pass depends on the statistics that it was given."""
+
+
+def _solved(
+    passed: Callable[[ModelState], tuple[Any, ModelState]],
+    model_state: ModelState,
+    moved: Any,
+) -> ModelState:
+    """The batch's statistics, of two passes that differ in the running ones."""
 
     def solve(
         of_zero: jax.Array,
@@ -209,13 +243,27 @@ def _without_reading(
     except ValueError as error:
         if "out_axes" not in str(error):
             raise
-        raise ValueError(
-            "statistics: those of the support are asked for, and in training mode the "
-            "network's output reads the running ones, as that of nets.StochNorm does, "
-            'so that they can\'t be told apart; choose statistics="transductive" or '
-            '"running" and leave collect out, or set probability=1 in StochNorm'
-        ) from error
+        raise _Read from error
     return jax.tree.map(lambda x: x[0], after)
+
+
+def _written(
+    passed: Callable[[ModelState], tuple[Any, ModelState]], model_state: ModelState
+) -> Any:
+    """Which leaves of the state a pass gives back as others, by its trace."""
+    leaves, structure = jax.tree.flatten(model_state)
+
+    def after(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(passed(jax.tree.unflatten(structure, leaves))[1])
+
+    trace = jax.make_jaxpr(after)(*leaves).jaxpr
+    return jax.tree.unflatten(
+        structure,
+        [
+            one is not other
+            for one, other in zip(trace.invars, trace.outvars, strict=True)
+        ],
+    )
 
 
 def _moved(params: Params, frozen: Frozen, model_state: ModelState) -> Any:
@@ -230,7 +278,8 @@ def _moved(params: Params, frozen: Frozen, model_state: ModelState) -> Any:
         while names and isinstance(node := node.get(names[0]), Mapping):
             module.append(names.pop(0))  # a part with collections of its own
         place = "/".join(module + names[1:])
-        is_statistic = bool(names) and re.search("mean|var|size", names[-1])
+        # The size of a batch is a statistic of nets.TaskNorm.
+        is_statistic = bool(names) and re.search("mean|var|^size$", names[-1])
         real = jnp.issubdtype(leaf.dtype, jnp.inexact)
         return bool(real and is_statistic and not lies_under(place, held))
 

@@ -288,6 +288,52 @@ def test_layers_that_read_the_running_statistics_have_none_of_the_support():
             run()
 
 
+class Fixed(nn.Module):
+    """A layer that always normalises by running statistics, before one that learns."""
+
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=True, name="fixed")(x)
+        x = nn.BatchNorm(not train, momentum=self.momentum, name="norm")(x)
+        return nn.Dense(3, name="head")(x)
+
+
+class NNXFixed(nnx.Module):
+    def __init__(self, rngs):
+        options = {"use_running_average": True, "rngs": rngs}
+        self.fixed = nnx.BatchNorm(6, **options)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x, train=False):
+        x = self.fixed(x, use_running_average=True)
+        return self.head(self.norm(x, use_running_average=not train))
+
+
+def test_a_layer_that_is_fixed_reads_the_running_statistics_as_they_are():
+    x = first(BATCH)["support"]["inputs"][0]
+    plain = from_linen(Fixed())
+    params, state = plain.init(KEY, x)
+    fixed = {"mean": jnp.arange(6.0), "var": jnp.arange(1.0, 7.0)}
+    state = {"batch_stats": {**state["batch_stats"], "fixed": fixed}}
+    now = from_linen(Fixed(momentum=0.0))
+    _, _, exact = now.apply(Variables(params, state), x, train=True)
+    for net in (plain, from_nnx(NNXFixed)):
+        learner = meta.prototypical(net, ways=3)
+        support = jax.tree.map(lambda leaf: leaf[0], first(BATCH)["support"])
+        found = jax.jit(learner.adapt)(params, {}, state, support, KEY).model_state
+        for layer in ("fixed", "norm"):
+            for name in ("mean", "var"):
+                np.testing.assert_allclose(
+                    found["batch_stats"][layer][name],
+                    exact["batch_stats"][layer][name],
+                    rtol=1e-4,
+                    atol=1e-5,
+                )
+
+
 def test_transductive_steps_hand_their_running_statistics_on():
     """A query reads them where a layer in training mode does."""
     support = jax.tree.map(lambda leaf: leaf[0], BATCH["support"])
