@@ -60,8 +60,25 @@ def test_rows_files_and_networks_that_get_no_label_of_the_target(tmp_path, monke
         rows = len(source.labels)
         assert target.shape == (rows, 5)
         assert there.shape == density.shape == (rows,) and there.dtype == bool
-    # Of the first pair and the second: the source is each domain once.
-    assert not np.array_equal(seen[0][2].inputs, seen[2][2].inputs)
+    first, second = seen[0], seen[2]
+    assert not np.array_equal(first[2].inputs, second[2].inputs)
+    # With the target's labels the other way round a method is given the same numbers.
+    domains = adapt_photos.read(config)
+    turned = {**domains["green"], "labels": domains["green"]["labels"][::-1]}
+    monkeypatch.setattr(adapt_photos, "read", lambda _: {**domains, "green": turned})
+    stopped = KeyboardInterrupt
+
+    def only(method, classes, config):
+        def called(*given):
+            seen.append(given)
+            raise stopped
+
+        return called
+
+    monkeypatch.setattr(adapt_photos, "make_run", only)
+    with pytest.raises(stopped):
+        adapt_photos.main(config)
+    jax.tree.map(np.testing.assert_array_equal, first[2:], seen[-1][2:])
 
 
 @pytest.mark.parametrize("layout", ["keras", "timm"])
