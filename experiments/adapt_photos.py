@@ -153,13 +153,17 @@ def read(config: Config) -> dict[str, dict[str, Any]]:
     """``{"inputs", "labels", "names"}`` of each domain.
 
     Raises:
-        ValueError: fewer than two domains, one that is not there, or other classes in
-            one of them.
+        ValueError: fewer than two domains, one that is not there or has too few
+            photographs, or other classes in one of them.
     """
     if config.photos == "random":
         return _patterns(config)
     folder = find("photos", config.photos, config, folder=True)
-    there = sorted(place.name for place in folder.iterdir() if place.is_dir())
+    there = sorted(
+        place.name
+        for place in folder.iterdir()
+        if place.is_dir() and not place.name.startswith(".")
+    )
     chosen = config.domains or tuple(there)
     if missing := [name for name in chosen if name not in there]:
         raise ValueError(f"domains: {folder} has no {missing}, but {there}")

@@ -165,12 +165,15 @@ def folder(path, photographs=3, **domains):
 
 
 def test_photographs_of_a_folder(tmp_path, monkeypatch):
-    photos = folder(tmp_path / "mine", shop="ab", street="ab", other="ac")
+    photos = folder(tmp_path / "mine", shop="ab", street="ab")
+    (tmp_path / "mine" / ".hidden").mkdir()
     monkeypatch.setenv("JAXTRANSFER_DATA_DIR", str(tmp_path))
     config = dataclasses.replace(SMOKE, photos=photos, domains=("street", "shop"))
     for given in (photos, "mine"):
         domains = adapt_photos.read(dataclasses.replace(config, photos=given))
         assert list(domains) == ["street", "shop"]
+        every = dataclasses.replace(config, photos=given, domains=())
+        assert list(adapt_photos.read(every)) == ["shop", "street"]
         assert domains["shop"]["inputs"].shape == (6, 32, 32, 3)
 
 
