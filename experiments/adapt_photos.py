@@ -15,9 +15,8 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,16 +26,15 @@ import scipy.stats
 from experiments.adapt_digits import local_mmd
 from experiments.common import (
     Row,
-    StudyConfig,
     check_finite,
     command_line,
-    find,
     progress,
     show,
     start_run,
 )
-from jaxtransfer import data, losses, nets, ops, parallel, pretrained, prng, scores
-from jaxtransfer.methods import adapt, features
+from experiments.photographs import PhotosConfig, read, read_features
+from jaxtransfer import losses, nets, ops, prng, scores
+from jaxtransfer.methods import adapt
 from jaxtransfer.model import from_linen
 from jaxtransfer.train import init_state, scan_fit, train_step
 from jaxtransfer.typing import Model, Variables
@@ -50,20 +48,9 @@ _EVERY = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(PhotosConfig):
     """Options of this study."""
 
-    photos: str = "office_caltech10"
-    """Folder DOMAIN/CLASS/IMAGE, or its name below --data-dir; "random" (patterns, and
-    an untrained network) is for trying out."""
-    domains: tuple[str, ...] = ()
-    """Its subfolders that take part; all if there are none."""
-    weights: str = "imagenet_mobilenet_v2_1.0_224.npz"
-    """File of the pretrained network, under weights/ of a folder of --data-dir, or a
-    path."""
-    layout: Literal["keras", "timm", "torchvision"] = "keras"
-    """Whose names it has; "keras" with the normalisation folded into the
-    convolutions."""
     methods: tuple[str, ...] = METHODS
     """Which methods beside source only: distances of the hidden layer (MMD, CORAL, and
     LMMD by class), class confusion (MCC), a critic of the hidden layer (DANN) and one
@@ -72,8 +59,6 @@ class Config(StudyConfig):
     """Weight of each method in the table; DANN's ramp takes it there from 0."""
     also: tuple[float, ...] = (0.1, 10.0)
     """Further weights, between which validators choose."""
-    image_size: int = 224
-    """Height and width in pixels that photographs are brought to."""
     width: int = 128
     """Width of the small network's hidden layer, and of the critic's."""
     steps: int = 300
@@ -100,32 +85,6 @@ PRESETS = {
 }
 
 
-class Backbone(NamedTuple):
-    """A MobileNetV2 as others have trained it."""
-
-    net: nets.MobileNetV2
-    names: Callable[[], pretrained.Naming]
-    mean: float | tuple[float, ...]
-    """Of pixels in 0 … 1, taken off them."""
-    deviation: float | tuple[float, ...]
-    """By which they are divided then."""
-    tap: str
-    """What the last ReLU6 is given."""
-
-
-_FOLDED = nets.MobileNetV2(1001, padding="same", batch_norm=False)
-_BY_CHANNEL = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bn2")
-BACKBONES = {
-    "keras": Backbone(
-        _FOLDED, pretrained.keras_mobilenet_v2, 128 / 255, 128 / 255, "conv_head"
-    ),
-    "timm": Backbone(nets.MobileNetV2(1000), pretrained.torch, *_BY_CHANNEL),
-    "torchvision": Backbone(
-        nets.MobileNetV2(1000), pretrained.torchvision_mobilenet_v2, *_BY_CHANNEL
-    ),
-}
-
-
 class Domain(NamedTuple):
     """Rows of one domain, those held out last, padded to the rows of all domains."""
 
@@ -149,89 +108,18 @@ class Domain(NamedTuple):
         return self.there & (jnp.arange(len(self.labels)) >= self.learned)
 
 
-def read(config: Config) -> dict[str, dict[str, Any]]:
-    """``{"inputs", "labels", "names"}`` of each domain.
+def check_held_out(domains: dict[str, dict[str, Any]]) -> None:
+    """Refuse a domain of which no photograph can be held out.
 
     Raises:
-        ValueError: fewer than two domains, one that is not there or has too few
-            photographs, or other classes in one of them.
+        ValueError: it has too few.
     """
-    if config.photos == "random":
-        return _patterns(config)
-    folder = find("photos", config.photos, config, folder=True)
-    there = sorted(
-        place.name
-        for place in folder.iterdir()
-        if place.is_dir() and not place.name.startswith(".")
-    )
-    chosen = config.domains or tuple(there)
-    if missing := [name for name in chosen if name not in there]:
-        raise ValueError(f"domains: {folder} has no {missing}, but {there}")
-    if len(chosen) < 2:
-        raise ValueError(
-            f"photos: {folder} has the domains {there}; at least two take part"
-        )
-    domains = {
-        name: data.image_folder(folder / name, size=config.image_size, channels=3)
-        for name in chosen
-    }
     for name, domain in domains.items():
         if (count := len(domain["labels"])) < _EVERY:
             raise ValueError(
                 f"photos: {name} has {count} photographs; give {_EVERY} at least, of "
                 "which one is held out"
             )
-    (first, one), *others = domains.items()
-    for name, other in others:
-        if other["names"] != one["names"]:
-            raise ValueError(
-                f"photos: the classes of {name}, {other['names']}, are not those of "
-                f"{first}, {one['names']}; name the folders alike"
-            )
-    return domains
-
-
-def _patterns(config: Config) -> dict[str, dict[str, Any]]:
-    """Three domains of three noisy patterns, each in a colour of its own."""
-    random, size = np.random.default_rng(0), config.image_size
-    classes = random.uniform(size=(3, size, size, 1))
-    domains = {}
-    for name in config.domains or ("red", "green", "blue"):
-        labels = np.repeat(np.arange(3, dtype=np.int32), 8)
-        noise = random.uniform(size=(len(labels), size, size, 1))
-        pixels = (classes[labels] + noise) / 2 * random.uniform(size=3)
-        inputs = pixels.astype(np.float32)
-        domains[name] = {"inputs": inputs, "labels": labels, "names": ["a", "b", "c"]}
-    return domains
-
-
-def read_features(
-    config: Config, domains: dict[str, dict[str, Any]]
-) -> dict[str, np.ndarray]:
-    """Features ``[rows, features]`` of each domain, as the classifier sees them."""
-    backbone = BACKBONES[config.layout]
-    net = from_linen(backbone.net)
-    example = jax.ShapeDtypeStruct((1, *(2 * [config.image_size]), 3), jnp.float32)
-    if config.photos == "random":
-        variables = jax.jit(net.init)(jax.random.key(0), jnp.zeros(example.shape))
-    else:
-        file = find("weights", config.weights, config, under="weights")
-        variables, _ = pretrained.load(file, net, example, names=backbone.names())
-    last = features.extract(net, tap=backbone.tap)
-    mean, deviation = jnp.asarray(backbone.mean), jnp.asarray(backbone.deviation)
-
-    @parallel.jit  # pooled at once: all maps of a domain are gigabytes
-    def run(variables: Variables, pixels: jax.Array) -> jax.Array:
-        found = last(variables, (pixels - mean) / deviation)
-        return jnp.mean(nn.relu6(found), axis=(1, 2))
-
-    def all_of(images: np.ndarray) -> np.ndarray:
-        size = 32
-        full = np.pad(images, [(0, -len(images) % size), *[(0, 0)] * 3])
-        parts = [run(variables, part) for part in np.split(full, len(full) // size)]
-        return np.concatenate(parts)[: len(images)]
-
-    return {name: all_of(domain["inputs"]) for name, domain in domains.items()}
 
 
 def padded(inputs: np.ndarray, labels: np.ndarray, rows: int) -> Domain:
@@ -455,6 +343,7 @@ def main(config: Config) -> dict[str, Any]:
     if len({*strengths}) < len(strengths) or min(strengths) <= 0:
         raise ValueError(f"also: weights {strengths} must differ and be positive")
     photographs = read(config)
+    check_held_out(photographs)
     folder = start_run("adapt_photos", config)
     found = read_features(config, photographs)
     rows = max(map(len, found.values()))

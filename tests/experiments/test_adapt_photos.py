@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import adapt_photos
+from experiments import adapt_photos, photographs
 from experiments.adapt_photos import AT_RANDOM, ORACLE, PRESETS, SOURCE_ONLY, Trained
 from jaxtransfer import pretrained
 from jaxtransfer.model import from_linen
@@ -63,7 +63,7 @@ def test_rows_files_and_networks_that_get_no_label_of_the_target(tmp_path, monke
     first, second = seen[0], seen[2]
     assert not np.array_equal(first[2].inputs, second[2].inputs)
     # With the target's labels the other way round a method is given the same numbers.
-    domains = adapt_photos.read(config)
+    domains = photographs.read(config)
     turned = {**domains["green"], "labels": domains["green"]["labels"][::-1]}
     monkeypatch.setattr(adapt_photos, "read", lambda _: {**domains, "green": turned})
     stopped = KeyboardInterrupt
@@ -86,16 +86,16 @@ def test_features_are_of_the_file_for_any_number_of_photographs(
     layout, tmp_path, monkeypatch
 ):
     """Those of 24 photographs, and of the same twice; a small network of one stage."""
-    whole = adapt_photos.BACKBONES[layout]
+    whole = photographs.BACKBONES[layout]
     net = whole.net.clone(stages=((1, 16, 1, 1),), last=8)
-    monkeypatch.setitem(adapt_photos.BACKBONES, layout, whole._replace(net=net))
-    domain = adapt_photos.read(dataclasses.replace(SMOKE, domains=("red",)))["red"]
+    monkeypatch.setitem(photographs.BACKBONES, layout, whole._replace(net=net))
+    domain = photographs.read(dataclasses.replace(SMOKE, domains=("red",)))["red"]
     model, file = from_linen(net), tmp_path / "net.npz"
     variables = jax.jit(model.init)(jax.random.key(5), domain["inputs"][:1])
     pretrained.save(file, variables, names=whole.names())
     config = dataclasses.replace(SMOKE, photos="mine", layout=layout, weights=str(file))
     twice = {"inputs": np.concatenate([domain["inputs"]] * 2)}
-    found = adapt_photos.read_features(config, {"once": domain, "twice": twice})
+    found = photographs.read_features(config, {"once": domain, "twice": twice})
     assert found["once"].shape == (24, 8)
     np.testing.assert_allclose(
         found["twice"], np.tile(found["once"], (2, 1)), atol=1e-6
@@ -170,10 +170,10 @@ def test_photographs_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXTRANSFER_DATA_DIR", str(tmp_path))
     config = dataclasses.replace(SMOKE, photos=photos, domains=("street", "shop"))
     for given in (photos, "mine"):
-        domains = adapt_photos.read(dataclasses.replace(config, photos=given))
+        domains = photographs.read(dataclasses.replace(config, photos=given))
         assert list(domains) == ["street", "shop"]
         every = dataclasses.replace(config, photos=given, domains=())
-        assert list(adapt_photos.read(every)) == ["shop", "street"]
+        assert list(photographs.read(every)) == ["shop", "street"]
         assert domains["shop"]["inputs"].shape == (6, 32, 32, 3)
 
 
