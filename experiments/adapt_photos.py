@@ -312,9 +312,8 @@ def rank_correlations(pairs: Iterable[list[Trained]]) -> dict[str, float]:
         for name in VALIDATORS:
             values = np.concatenate([each.validators[name] for each in trained])
             for said, right in zip(values.T, accuracy.T, strict=True):
-                ranks = [scipy.stats.rankdata(numbers) for numbers in (said, right)]
-                if min(map(np.ptp, ranks)) > 0:  # else they say nothing
-                    found[name].append(np.corrcoef(ranks)[0, 1])
+                if min(np.ptp(said), np.ptp(right)) > 0:  # else they say nothing
+                    found[name].append(scipy.stats.spearmanr(said, right).statistic)
     return {name: float(np.mean(each or [0.0])) for name, each in found.items()}
 
 

@@ -40,6 +40,10 @@ _exchanges = itertools.count()
 def exchange(said: str, *, seconds: float = 3600.0) -> list[str]:
     """What every process says, in their order; all must ask, and equally often.
 
+    Args:
+        said: by this one.
+        seconds: how long it waits for the others.
+
     Raises:
         RuntimeError: not all have asked in time.
     """
@@ -67,6 +71,10 @@ def together(*kinds: type[Exception], seconds: float = 3600.0) -> Iterator[None]
 
     The others raise the first of ``kinds`` that it is of (or ``RuntimeError``), with
     the number of the process.
+
+    Args:
+        *kinds: errors that are raised as what they are.
+        seconds: how long each waits for the others.
     """
     error = None
     try:
