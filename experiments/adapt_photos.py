@@ -313,7 +313,8 @@ def rank_correlations(pairs: Iterable[list[Trained]]) -> dict[str, float]:
             values = np.concatenate([each.validators[name] for each in trained])
             for said, right in zip(values.T, accuracy.T, strict=True):
                 if min(np.ptp(said), np.ptp(right)) > 0:  # else they say nothing
-                    found[name].append(scipy.stats.spearmanr(said, right).statistic)
+                    result: Any = scipy.stats.spearmanr(said, right)
+                    found[name].append(float(result.statistic))
     return {name: float(np.mean(each or [0.0])) for name, each in found.items()}
 
 
